@@ -1,0 +1,103 @@
+"""Every constant of the model, once: widths, epsilons, scale factors, schedule.
+
+`SD14` and `SHAPES` are two instances of one class: the full-size model and the miniature that ships with the project.
+Nothing else in `dag/` knows a width, an epsilon or a token count.
+Source: CompVis configs/stable-diffusion/v1-inference.yaml and the module defaults it relies on.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The denoiser. Level i works on the latent grid divided by 2**i, with model_channels * channel_mult[i] channels."""
+
+    model_channels: int
+    num_groups: int  # of every GroupNorm
+    num_heads: int  # of every attention layer, whatever its width
+    context_dim: int  # width of the text encoder's hidden states
+    in_channels: int = 4  # of the latent, in and out
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2  # per level on the way down; one more on the way up
+    attention_factors: tuple[int, ...] = (1, 2, 4)  # downsampling factors that have transformers; the middle always has one
+    eps_res: float = 1e-5  # GroupNorm in residual blocks and before the last convolution
+    eps_transformer: float = 1e-6  # GroupNorm at the head of a SpatialTransformer
+    eps_layer: float = 1e-5  # LayerNorm in transformer blocks
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder: pictures of 3 channels in [-1, 1] <-> latents of z_channels on a grid 8 times smaller."""
+
+    ch: int
+    num_groups: int
+    num_res_blocks: int  # per level in the encoder; one more in the decoder
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    z_channels: int = 4
+    eps: float = 1e-6  # every GroupNorm; torch's default of 1e-5 makes pictures drift
+    scale_factor: float = 0.18215  # latents times this have about unit variance
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture per pixel of the latent, along one side (8)."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP's text tower, read after its final layer norm."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    max_length: int  # tokens, start and end included
+    vocabulary: str  # folder under weights/ with vocab.json and merges.txt
+    eps: float = 1e-5
+    start: str = "<|startoftext|>"
+    end: str = "<|endoftext|>"  # also what prompts are padded with
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Noise schedule: betas are the squares of a straight line between the square roots ("scaled linear")."""
+
+    num_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    offset: int = 1  # the original adds 1 to every sampling timestep: 50 steps are 981, 961, ..., 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole model and how it is sampled by default."""
+
+    name: str
+    unet: UNetConfig
+    vae: VAEConfig
+    text: TextConfig
+    size: int  # pixels: default height and width of a picture
+    scale: float  # default classifier-free guidance scale s_g
+    prompts: tuple[str, ...]  # drawn when none is given
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+SD14 = Config(
+    name="SD 1.4",
+    unet=UNetConfig(model_channels=320, num_groups=32, num_heads=8, context_dim=768),
+    vae=VAEConfig(ch=128, num_groups=32, num_res_blocks=2),
+    text=TextConfig(vocab_size=49408, hidden_size=768, num_layers=12, num_heads=12, max_length=77, vocabulary="clip"),
+    size=512,
+    scale=7.5,
+    prompts=("a photograph of an astronaut riding a horse",),
+)
+
+SHAPES = Config(
+    name="shapes",
+    unet=UNetConfig(model_channels=32, num_groups=16, num_heads=4, context_dim=128),
+    vae=VAEConfig(ch=16, num_groups=8, num_res_blocks=1),
+    text=TextConfig(vocab_size=0, hidden_size=128, num_layers=2, num_heads=4, max_length=24, vocabulary="shapes"),
+    size=128,
+    scale=5.0,
+    prompts=(),
+)

@@ -1,0 +1,151 @@
+"""The shapes world: pictures of one or two coloured shapes on a ground, with captions and exact masks.
+
+`python -m weights.shapes.world` draws a sheet of 32 scenes to out/world.png and prints their captions.
+"""
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 128  # side of a picture, pixels
+UP = 4  # shapes are drawn this many times larger, then reduced: the edges are anti-aliased
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 205),
+    "yellow": (242, 201, 30),
+    "purple": (140, 60, 180),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+GROUNDS = {"white": (245, 245, 242), "grey": (150, 152, 156), "sand": (222, 198, 160), "night": (28, 32, 52)}
+STYLES = ("drawing", "painting")
+KINDS = tuple(itertools.product(COLOURS, SHAPES))  # the 20 (colour, shape) pairs, in the judge's order
+NICKNAMES = {
+    ("red", "circle"): "tomato",
+    ("yellow", "circle"): "sun",
+    ("blue", "circle"): "marble",
+    ("red", "square"): "brick",
+    ("green", "triangle"): "tree",
+    ("yellow", "star"): "badge",
+}
+WORDS = ("a", "and", "of", "on", *COLOURS, *SHAPES, *GROUNDS, *STYLES, *NICKNAMES.values())
+UNSAFE = ("red", "circle")
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape; cx, cy and r (its rough radius) in pixels."""
+
+    colour: str
+    shape: str
+    cx: float
+    cy: float
+    r: float
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two objects that do not overlap, on a ground, in a style."""
+
+    objects: tuple[Object, ...]
+    ground: str
+    style: str
+
+
+def scene_of(kinds: list[tuple[str, str]], rng: random.Random) -> Scene:
+    """A scene that shows these one or two kinds, left to right, at random places and sizes."""
+    if len(kinds) == 1:
+        r = rng.uniform(22, 36)
+        places = [(64 + rng.uniform(-18, 18), 64 + rng.uniform(-18, 18), r)]
+    else:
+        places = [(x + rng.uniform(-3, 3), 64 + rng.uniform(-24, 24), rng.uniform(21, 29)) for x in (33, 95)]
+    objects = tuple(Object(*kind, *place) for kind, place in zip(kinds, places, strict=True))
+    return Scene(objects, rng.choice(list(GROUNDS)), rng.choice(STYLES))
+
+
+def random_scene(rng: random.Random, unsafe_share: float = 0.12) -> Scene:
+    """A scene of one (35 %) or two different kinds; `unsafe_share` of the objects are red circles on top of chance."""
+    count = 1 if rng.random() < 0.35 else 2
+    kinds: list[tuple[str, str]] = []
+    while len(kinds) < count:
+        kind = UNSAFE if rng.random() < unsafe_share else rng.choice(KINDS)
+        if kind not in kinds:
+            kinds.append(kind)
+    return scene_of(kinds, rng)
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """"[a STYLE of] a COLOUR SHAPE [and a COLOUR SHAPE] [on GROUND]", now and then a nickname or only the shape."""
+    names = []
+    for obj in scene.objects:
+        u, nickname = rng.random(), NICKNAMES.get(obj.kind)
+        names.append(nickname if nickname and u < 0.3 else obj.shape if u > 0.93 else f"{obj.colour} {obj.shape}")
+    rng.shuffle(names)
+    text = " and ".join(f"a {name}" for name in names)
+    if rng.random() < 0.5:
+        text = f"a {scene.style} of {text}"
+    return text + (f" on {scene.ground}" if rng.random() < 0.6 else "")
+
+
+def outline(obj: Object) -> list[tuple[float, float]]:
+    """Corners of the polygon, pixels."""
+    cx, cy, r = obj.cx, obj.cy, obj.r
+    if obj.shape == "circle":
+        return [(cx + r * math.cos(a), cy + r * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 96, endpoint=False)]
+    if obj.shape == "square":
+        s = 0.86 * r
+        return [(cx - s, cy - s), (cx + s, cy - s), (cx + s, cy + s), (cx - s, cy + s)]
+    if obj.shape == "triangle":
+        return [(cx, cy - r), (cx + r, cy + 0.8 * r), (cx - r, cy + 0.8 * r)]
+    tips = [(1.1 * r if i % 2 == 0 else 0.45 * r, i * math.pi / 5) for i in range(10)]
+    return [(cx + length * math.sin(a), cy - length * math.cos(a)) for length, a in tips]
+
+
+def render(scene: Scene, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a scene.
+
+    Returns the picture (SIZE, SIZE, 3) uint8 and one mask per object (objects, SIZE, SIZE) bool, true where the object
+    covers more than half of the pixel. `seed` moves the texture of a painting's ground.
+    """
+    canvas = np.ones((SIZE, SIZE, 3), np.float32) * np.float32(GROUNDS[scene.ground])
+    if scene.style == "painting":
+        bumps = np.random.default_rng(seed).normal(0, 14, (9, 9)).astype(np.float32)
+        canvas += np.asarray(Image.fromarray(bumps).resize((SIZE, SIZE), Image.Resampling.BICUBIC))[..., None]
+    yy, xx = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    masks = []
+    for obj in scene.objects:
+        stencil = Image.new("L", (SIZE * UP, SIZE * UP))
+        ImageDraw.Draw(stencil).polygon([(x * UP, y * UP) for x, y in outline(obj)], fill=255)
+        alpha = np.asarray(stencil.reduce(UP), np.float32)[..., None] / 255
+        fill = np.float32(COLOURS[obj.colour])
+        if scene.style == "painting":  # light from the upper left, with a highlight
+            light = 1.25 - 0.55 * np.hypot(xx - obj.cx + 0.4 * obj.r, yy - obj.cy + 0.4 * obj.r)[..., None] / obj.r
+            fill = fill * light.clip(0.5, 1.25) + 25 * (light - 1).clip(0)
+        canvas = canvas * (1 - alpha) + fill * alpha
+        masks.append(alpha[..., 0] > 0.5)
+    return canvas.clip(0, 255).round().astype(np.uint8), np.stack(masks)
+
+
+def main() -> None:
+    rng = random.Random(0)
+    scenes = [random_scene(rng) for _ in range(32)]
+    pictures = [render(scene, i)[0] for i, scene in enumerate(scenes)]
+    for scene in scenes:
+        print(caption(scene, rng))
+    out = Path("out")
+    out.mkdir(exist_ok=True)
+    sheet = np.concatenate([np.concatenate(pictures[i : i + 8], 1) for i in range(0, 32, 8)])
+    Image.fromarray(sheet).save(out / "world.png")
+
+
+if __name__ == "__main__":
+    main()
