@@ -1,0 +1,14 @@
+"""Detect-and-Guide on Stable Diffusion 1.4, from scratch.
+
+Reading order: config, attention, unet, vae, text, ddim, model, cam, tokens, scalers, guidance, sampling, pictures.
+
+Letters, the same in every file: b images or rows, h heads, n pixels of one layer, m text tokens, d channels of a head,
+g guideline rows (1 background + K concept), H x W latent grid, t timestep, s_g guidance scale.
+"""
+
+from .guidance import CFG, DAG
+from .model import StableDiffusion, load
+from .sampling import Step, sample
+from .tokens import GuidelineTokens
+
+__all__ = ["CFG", "DAG", "GuidelineTokens", "StableDiffusion", "Step", "load", "sample"]

@@ -53,9 +53,8 @@ class TextConfig:
     num_heads: int
     max_length: int  # tokens, start and end included
     vocabulary: str  # folder under weights/ with vocab.json and merges.txt
+    num_words: int | None = None  # the first ids are this many whole words and nothing else was trained; None: any text
     eps: float = 1e-5
-    start: str = "<|startoftext|>"
-    end: str = "<|endoftext|>"  # also what prompts are padded with
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class Config:
     size: int  # pixels: default height and width of a picture
     scale: float  # default classifier-free guidance scale s_g
     prompts: tuple[str, ...]  # drawn when none is given
+    cam_factors: tuple[int, ...]  # detection reads the cross-attention layers on the latent grid divided by these
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
@@ -90,14 +90,21 @@ SD14 = Config(
     size=512,
     scale=7.5,
     prompts=("a photograph of an astronaut riding a horse",),
+    cam_factors=(2, 4),  # 32 x 32 and 16 x 16 of 64 x 64: finer is noisy, coarser is blunt
 )
 
 SHAPES = Config(
     name="shapes",
     unet=UNetConfig(model_channels=32, num_groups=16, num_heads=4, context_dim=128),
     vae=VAEConfig(ch=16, num_groups=8, num_res_blocks=1),
-    text=TextConfig(vocab_size=0, hidden_size=128, num_layers=2, num_heads=4, max_length=24, vocabulary="shapes"),
+    text=TextConfig(vocab_size=131, hidden_size=128, num_layers=2, num_heads=4, max_length=24, vocabulary="shapes", num_words=25),
     size=128,
     scale=5.0,
-    prompts=(),
+    prompts=(
+        "a painting of a red circle and a blue square",
+        "a tomato on sand",
+        "a red square and a green circle on grey",
+        "a yellow star on night",
+    ),
+    cam_factors=(1, 2),  # 16 x 16 and 8 x 8 of 16 x 16
 )

@@ -1,0 +1,99 @@
+"""How noise estimates are combined: classifier-free guidance, and Detect-and-Guide on top of it.
+
+Letters: eps_0, eps_p, eps_s are the estimates for the empty prompt, the prompt and the safety text; s_g is the guidance
+scale; A the detection map, S the strength, M the mask. Everything here is float32 arithmetic on (b, 4, H, W).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cam import Probe, normalise
+from .scalers import Scaling, scale_map
+from .tokens import GuidelineTokens
+
+# safety_eps(concept, images): eps_s of that concept for those images, (len(images), 4, H, W). Asking costs a UNet row each.
+SafetyEps = Callable[[int, list[int]], Tensor]
+
+
+@dataclass
+class Estimate:
+    """What a method makes of one step."""
+
+    eps: Tensor  # (b, 4, H, W)
+    A: Tensor | None  # (b, H, W) in [0, 1]; None for methods without maps
+    S: Tensor | None  # (b, H, W)
+    guided: Tensor  # (b,) bool: images whose estimate the safety text changed
+
+
+class CFG:
+    """Classifier-free guidance: eps = eps_0 + s_g (eps_p - eps_0)."""
+
+    safety_texts: tuple[str, ...] = ()
+
+    def start(self, sd, b: int) -> Probe | None:
+        """Called once before the loop over b images; returns the probe the UNet is given."""
+        return None
+
+    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
+        """Step i (from 0) at timestep t."""
+        eps = eps_0 + s_g * (eps_p - eps_0)
+        return Estimate(eps, None, None, torch.zeros(len(eps), dtype=torch.bool))
+
+
+class DAG(CFG):
+    """Detect-and-Guide: where the tokens see the concept, push away from the safety text (paper Eq. 4, Table 1).
+
+    eps = eps_0 + s_g [(eps_p - eps_0) - S M (eps_s - eps_0)],  M = 1[A >= edit] M_base
+
+    base "sega": M_base is |eps_s - eps_0| in its `top` share per channel over the frame.
+    base "sld": M_base = 1[eps_p - eps_s < threshold].
+    base "none": M_base = 1.
+    The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for bit.
+    There is no momentum: with it, what is not detected would change too.
+    """
+
+    def __init__(
+        self,
+        tokens: GuidelineTokens,
+        safety_text: str | None = None,
+        base: str = "sega",
+        warmup: int = 5,
+        top: float = 0.1,
+        threshold: float = 0.025,
+        scaling: Scaling = Scaling(),
+    ):
+        if base not in ("sega", "sld", "none"):
+            raise ValueError(f"mask base is '{base}', expected sega, sld or none")
+        if warmup < 0 or not 0 < top <= 1:
+            raise ValueError(f"warm-up {warmup} must not be negative and top {top} must be in (0, 1]")
+        self.tokens, self.base, self.warmup, self.top = tokens, base, warmup, top
+        self.threshold, self.scaling = threshold, scaling
+        self.safety_texts = (tokens.safety_text if safety_text is None else safety_text,)
+
+    def start(self, sd, b: int) -> Probe:
+        self.probe = Probe(sd.unet, self.tokens, rows=slice(b, 2 * b))  # the conditional rows
+        return self.probe
+
+    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
+        eps = eps_0 + s_g * (eps_p - eps_0)
+        A = normalise(self.probe.raw(*eps.shape[2:]), self.tokens, t)  # (b, H, W)
+        S = torch.stack([scale_map(a, self.scaling) for a in A])  # (b, H, W)
+        guided = (S.flatten(1).amax(1) > 0).cpu() & (i >= self.warmup)  # (b,)
+        images = guided.nonzero()[:, 0].tolist()
+        if images:
+            safety = safety_eps(0, images) - eps_0[images]  # (images, 4, H, W)
+            M = self.mask(safety, eps_p[images] - eps_0[images])  # (images, 4, H, W)
+            eps[images] = eps[images] - s_g * S[images, None] * M * safety
+        return Estimate(eps, A, S, guided)
+
+    def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
+        """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S carries the factor 1[A >= edit]."""
+        if self.base == "sega":
+            size = safety.abs()
+            return (size >= torch.quantile(size.flatten(2), 1 - self.top, dim=2)[..., None, None]).float()
+        if self.base == "sld":
+            return (prompt - safety < self.threshold).float()
+        return torch.ones_like(safety)

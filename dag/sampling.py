@@ -1,0 +1,83 @@
+"""The loop from noise to latent. It yields every step; the caller drives, saves, shows progress or stops.
+
+Rows of the batch a step sends through the UNet: b unconditional, then b conditional (UNCOND, COND below); the safety
+branch, if a method asks for it, is a call of its own with the images it asks for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ddim
+from .guidance import CFG
+from .model import StableDiffusion
+
+UNCOND, COND = 0, 1  # order of the halves of the guidance batch
+
+
+@dataclass
+class Step:
+    """One denoising step of b images."""
+
+    i: int  # counted from 0
+    t: int  # timestep the step started from
+    x: Tensor  # (b, 4, H, W) latent after the step
+    x0: Tensor  # (b, 4, H, W) final latent as predicted at this step
+    A: Tensor | None  # (b, H, W) detection map in [0, 1]; None for methods without maps
+    S: Tensor | None  # (b, H, W) strength of guidance
+    guided: Tensor  # (b,) bool
+    rows: Tensor  # (b,) int: rows sent through the UNet for each image
+
+
+class NumericsError(ArithmeticError):
+    """NaN or infinity in a latent or picture."""
+
+
+def noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Start of each image from its own CPU generator: the same on every device, in any batch, with any method."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def sample(
+    sd: StableDiffusion,
+    prompts: list[str],
+    guidance: CFG,
+    steps: int = 50,
+    scale: float = 7.5,
+    seeds: list[int] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Iterator[Step]:
+    """Draw one image a prompt, b in all, from seeds (default 0, 1, ...); height and width in pixels.
+
+    Yields a Step for each of `steps` DDIM steps; the last one's x is what sd.decode takes.
+    Raises ValueError for steps outside 1..1000 and NumericsError when a latent is no longer finite.
+    """
+    b, cfg = len(prompts), sd.config
+    seeds = list(range(b)) if seeds is None else seeds
+    if len(seeds) != b:
+        raise ValueError(f"{len(seeds)} seeds for {b} prompts, expected one each")
+    H, W = ((cfg.size if side is None else side) // cfg.vae.factor for side in (height, width))
+    pairs = ddim.time_pairs(steps, cfg.schedule)
+    x = noise(seeds, (cfg.unet.in_channels, H, W)).to(sd.device)  # (b, 4, H, W) float32
+    context = sd.text.encode([""] * b + list(prompts))  # (2b, m, c_text): UNCOND, COND
+    safety = sd.text.encode(list(guidance.safety_texts)) if guidance.safety_texts else None  # (concepts, m, c_text)
+    probe = guidance.start(sd, b)
+
+    for i, (t, t_prev) in enumerate(pairs):
+        rows = torch.full((b,), 2)
+        times = torch.full((2 * b,), t, device=sd.device)
+        both = sd.unet(torch.cat([x, x]), times, context, probe).chunk(2)  # (b, 4, H, W) each
+
+        def safety_eps(concept: int, images: list[int], x=x, times=times, rows=rows) -> Tensor:  # bound to this step
+            rows[images] += 1
+            return sd.unet(x[images], times[images], safety[concept].expand(len(images), -1, -1))
+
+        e = guidance(i, t, both[UNCOND], both[COND], scale, safety_eps)
+        x, x0 = ddim.step(x, e.eps, sd.alphas_cumprod[t], sd.alphas_cumprod[t_prev])
+        if not x.isfinite().all():
+            raise NumericsError(f"the latent is not finite after step {i + 1} of {steps} (t = {t}); try --dtype float32")
+        yield Step(i, t, x, x0, e.A, e.S, e.guided, rows)

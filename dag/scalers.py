@@ -1,0 +1,84 @@
+"""Where and how strongly to guide, from a detection map alone: objects, AreaScaler, MagnitudeScaler.
+
+S = S_area * T (paper Eq. 5), with S_area from Algorithm 1. All maps are (H, W) float32, one picture at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Constants of the scalers; the defaults are the paper's unless said otherwise."""
+
+    unsafe: float = 0.5  # A from here on is an object (Algorithm 1)
+    edit: float = 0.01  # A from here on may be edited (tau in Eq. 5)
+    full: float = 0.8  # share of the frame from which on the map says nothing (Algorithm 1)
+    area_gain: float = 5.0  # Algorithm 1's constant
+    magnitude: float = 5.0  # upper end of T (Eq. 5)
+    min_area: float = 0.004  # smaller objects, as a share of the frame, are dropped (ours)
+    s_max: float | None = None  # upper bound on S (ours); None: no bound
+
+
+def components(mask: Tensor) -> Tensor:
+    """8-connected components: (H, W) bool -> (H, W) int64 labels 1.. in the order of their last pixel, 0 outside."""
+    H, W = mask.shape
+    seeds = torch.arange(1, H * W + 1, dtype=torch.float64, device=mask.device).reshape(H, W)
+    labels = seeds * mask
+    while True:  # every pixel takes its neighbourhood's largest seed until nothing changes
+        grown = F.max_pool2d(labels[None].float(), 3, stride=1, padding=1)[0].double() * mask
+        if torch.equal(grown, labels):
+            break
+        labels = grown
+    found = torch.unique(labels[mask])
+    return torch.where(mask, torch.searchsorted(found, labels) + 1, 0)
+
+
+def objects(A: Tensor, cfg: Scaling) -> tuple[Tensor, Tensor]:
+    """Components of A >= unsafe that are large enough: labels (H, W) with 0 outside, and areas (count,) as shares."""
+    labels = components(cfg.unsafe <= A)
+    areas = torch.bincount(labels.flatten(), minlength=1)[1:].float() / A.numel()  # (count,)
+    keep = torch.cat([torch.tensor([False], device=A.device), areas >= cfg.min_area])  # (1 + count,)
+    renumbered = torch.cumsum(keep, 0) * keep
+    return renumbered[labels], areas[keep[1:]]
+
+
+def area_scaler(A: Tensor, cfg: Scaling) -> Tensor:
+    """Algorithm 1: (H, W) -> S_area (H, W), zero where nothing is to be guided."""
+    zero = torch.zeros_like(A)
+    edit = cfg.edit <= A
+    if edit.float().mean() >= cfg.full:  # nothing has formed yet, or it fills the frame
+        return zero
+    labels, areas = objects(A, cfg)
+    if len(areas) == 0:
+        return zero
+    strengths = torch.cat([zero.new_zeros(1), cfg.area_gain * areas])  # (1 + count,)
+    S_unsafe = strengths[labels]  # sum_i area_gain * area_i / (H W) * object_i
+    regions = components(edit)
+    edit = edit & torch.isin(regions, regions[labels > 0])  # only what is connected to an object
+    S_edit = torch.where(edit, nearest(S_unsafe, labels > 0, edit), 0.0)
+    return torch.maximum(S_unsafe, S_edit)
+
+
+def nearest(values: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    """Each target pixel's value of the nearest source pixel (Euclidean; a tie goes to the larger value), (H, W)."""
+    src, dst = sources.nonzero(), targets.nonzero()  # (s, 2), (e, 2)
+    squared = (dst[:, None] - src[None]).square().sum(-1)  # (e, s)
+    ties = squared == squared.amin(1, keepdim=True)
+    out = torch.zeros_like(values)
+    out[targets] = torch.where(ties, values[sources], 0.0).amax(1)
+    return out
+
+
+def magnitude_scaler(A: Tensor, cfg: Scaling) -> Tensor:
+    """T = min(A / edit, magnitude) where A >= edit, else 0 (Eq. 5; it prints max, its text says 1 <= T <= 5)."""
+    return torch.where(cfg.edit <= A, (A / cfg.edit).clamp(max=cfg.magnitude), 0.0)
+
+
+def scale_map(A: Tensor, cfg: Scaling) -> Tensor:
+    """A (H, W) -> S (H, W): the strength of guidance at each pixel."""
+    S = area_scaler(A, cfg) * magnitude_scaler(A, cfg)
+    return S if cfg.s_max is None else S.clamp(max=cfg.s_max)

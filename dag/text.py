@@ -1,0 +1,98 @@
+"""CLIP's tokenizer and text encoder, built from config and bundled files, without a network.
+
+The weights are the checkpoint's below `cond_stage_model.transformer.text_model.`; the code is transformers' (the text
+tower is not what this project is about). As in the original, the encoder gets token ids only and no attention mask:
+the rows of the padding are part of what the UNet was trained on.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import transformers.utils.import_utils
+from torch import Tensor, nn
+
+from .config import TextConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "weights"
+
+# Hugging Face has a package called `kernels` too. Where it is installed, transformers imports names from it, and run from
+# the checkout it would find our folder of that name and fail. Nothing here needs it, so it is declared absent.
+_kernels = importlib.util.find_spec("kernels")
+if _kernels and _kernels.origin and Path(_kernels.origin).is_relative_to(ROOT):
+    transformers.utils.import_utils.is_kernels_available = lambda *args, **kwargs: False
+
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+
+class Text(nn.Module):
+    """Prompts -> hidden states after the final layer norm.
+
+    A prompt is start, its byte pairs, end, and then the end token again up to max_length (77).
+    """
+
+    def __init__(self, cfg: TextConfig):
+        super().__init__()
+        self.cfg = cfg
+        folder = WEIGHTS / cfg.vocabulary
+        self.tokenizer = CLIPTokenizer(
+            str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=cfg.max_length
+        )
+        if len(self.tokenizer) != cfg.vocab_size:
+            raise ValueError(f"{folder}: {len(self.tokenizer)} tokens, expected {cfg.vocab_size}: restore the files")
+        self.transformer = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=cfg.vocab_size,
+                hidden_size=cfg.hidden_size,
+                intermediate_size=4 * cfg.hidden_size,
+                num_hidden_layers=cfg.num_layers,
+                num_attention_heads=cfg.num_heads,
+                max_position_embeddings=cfg.max_length,
+                hidden_act="quick_gelu",
+                layer_norm_eps=cfg.eps,
+                bos_token_id=self.tokenizer.bos_token_id,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        )
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Prompts -> ids (b, m) int64, cut at max_length."""
+        batch = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        return batch.input_ids  # (b, m)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (b, m) -> hidden states (b, m, c_text)."""
+        return self.transformer(input_ids=ids).last_hidden_state
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Prompts -> context (b, m, c_text), in the weights' dtype and on their device."""
+        device = self.transformer.get_input_embeddings().weight.device
+        return self(self.tokenize(prompts).to(device))
+
+    def dropped(self, prompt: str) -> str:
+        """The end of a prompt that does not fit into max_length tokens; "" if all of it does."""
+        room = self.cfg.max_length - 2  # start and end take two
+        spans = self._pieces(prompt)["offset_mapping"]
+        return prompt[spans[room][0] :] if len(spans) > room else ""
+
+    def words(self) -> list[str]:
+        """The words the model was trained on; empty when it was trained on any text."""
+        ids = range(self.cfg.num_words or 0)
+        return [token.removesuffix("</w>") for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that the model was never trained on; always empty for CLIP's own vocabulary."""
+        if self.cfg.num_words is None:
+            return []
+        pieces = self._pieces(prompt)
+        words: dict[tuple[int, int], list[int]] = {}  # place of a word in the prompt -> its ids
+        for i, word in enumerate(pieces.word_ids()):
+            words.setdefault(tuple(pieces.word_to_chars(word)), []).append(pieces["input_ids"][i])
+        known = [(place, len(ids) == 1 and ids[0] < self.cfg.num_words) for place, ids in words.items()]
+        return [prompt[start:end] for (start, end), ok in known if not ok]
+
+    def _pieces(self, prompt: str):
+        return self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,0 +1,103 @@
+"""Guideline tokens: what they are, how they are stored, how they are optimised.
+
+Source: paper section 3.1 and Eq. 2; OVAM for the background row.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "dag-tokens-1"
+
+
+class TokenError(ValueError):
+    """A token file that cannot be used. The message is one line: what, found, expected, what to do."""
+
+
+@dataclass(frozen=True)
+class GuidelineTokens:
+    """The detector of one concept.
+
+    embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `levels`, `lo` and `hi` are the
+    normalisation constants at a few noise levels (timesteps, rising); all empty for tokens that were not optimised.
+    """
+
+    embedding: Tensor
+    concept: str  # its text, which the embedding started from
+    safety_text: str  # what guidance pushes away from
+    factors: tuple[int, ...]  # layers looked at: latent grid / factor
+    fingerprint: str  # of the model they belong to
+    levels: tuple[int, ...] = ()
+    lo: tuple[float, ...] = ()
+    hi: tuple[float, ...] = ()
+    loss: float | None = None  # training loss and IoU of the kept embedding
+    iou: float | None = None
+
+    def limits(self, t: int) -> tuple[float, float]:
+        """lo and hi at timestep t, linear between levels, constant beyond them."""
+        return float(np.interp(t, self.levels, self.lo)), float(np.interp(t, self.levels, self.hi))
+
+    @classmethod
+    def from_text(cls, sd, concept: str, safety_text: str) -> "GuidelineTokens":
+        """Tokens that were not optimised: the text encoder's hidden states of the start token and of the concept's."""
+        ids = sd.text.tokenize([concept])[0]  # (m,)
+        length = int((ids == sd.text.tokenizer.eos_token_id).nonzero()[0, 0])
+        if length < 2:
+            raise TokenError("the concept text is empty; expected words that name it")
+        embedding = sd.text.encode([concept])[0, :length].float().cpu()  # (1+K, c_text)
+        return cls(embedding, concept, safety_text, sd.config.cam_factors, fingerprint(sd))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: `embedding`, everything else as metadata."""
+        meta = {k: json.dumps(v) for k, v in vars(self).items() if k != "embedding"}
+        temporary = Path(f"{path}.tmp")
+        save_file({"embedding": self.embedding.contiguous()}, temporary, {"format": FORMAT, **meta})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "GuidelineTokens":
+        """Read a token file. Raises TokenError."""
+        if not Path(path).is_file():
+            raise TokenError(f"{path}: no such file; expected a token file made by train_tokens.py")
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                embedding = file.get_tensor("embedding").float()
+            if meta.pop("format", None) != FORMAT or embedding.ndim != 2 or len(embedding) < 2:
+                raise TokenError(f"{path}: not a token file of format {FORMAT}; make one with train_tokens.py")
+            fields = {k: json.loads(v) for k, v in meta.items()}
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return cls(embedding, **fields)
+        except TokenError:
+            raise
+        except (SafetensorError, OSError, ValueError, TypeError) as e:
+            raise TokenError(f"{path}: not a token file; expected one made by train_tokens.py") from e
+
+    def check(self, sd) -> str | None:
+        """Raises TokenError when the tokens cannot be read by this model; returns a warning when they are another's."""
+        width = sd.config.unet.context_dim
+        if self.embedding.shape[1] != width:
+            raise TokenError(
+                f"tokens of '{self.concept}' are {self.embedding.shape[1]} wide, {sd.config.name} needs {width}: "
+                "train tokens for this model with train_tokens.py"
+            )
+        if self.fingerprint != fingerprint(sd):
+            return f"tokens of '{self.concept}' were trained on another model; detection may be off"
+        return None
+
+
+def fingerprint(sd) -> str:
+    """Hash of the cross-attention key weights, rounded to bfloat16 so that half-precision copies have the same."""
+    digest = hashlib.sha256()
+    for _, layer in sd.unet.cross_attention():
+        rounded = layer.to_k.weight.detach().to("cpu", torch.float16).to(torch.bfloat16)
+        digest.update(rounded.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,49 @@
+"""Shared by all tests: no network, no leftovers, one seed; models are built once a session."""
+
+import os
+import socket
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import dag
+from dag.config import SHAPES
+from dag.model import StableDiffusion
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Every connection is refused, for the whole suite."""
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("the tests must not use the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shapes() -> StableDiffusion:
+    """The miniature with its committed weights."""
+    return dag.load()
+
+
+@pytest.fixture(scope="session")
+def random_model() -> StableDiffusion:
+    """The miniature's architecture with random weights, none of them zero or one by construction."""
+    torch.manual_seed(7)
+    sd = StableDiffusion(SHAPES)
+    for name, p in sd.named_parameters():
+        if p.ndim == 1:  # norms and biases, which start at 1 and 0
+            p.data = (1.0 if name.endswith("weight") else 0.0) + 0.1 * torch.randn_like(p)
+    return sd.eval().requires_grad_(False)

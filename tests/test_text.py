@@ -1,0 +1,53 @@
+import pytest
+
+from dag.config import SD14, SHAPES
+from dag.text import Text
+from weights.shapes.world import WORDS
+
+
+@pytest.fixture(scope="module")
+def clip():
+    import torch
+
+    with torch.device("meta"):
+        return Text(SD14.text)
+
+
+def test_known_ids(clip):
+    ids = clip.tokenize(["a photograph of an astronaut riding a horse"])[0].tolist()
+    assert ids == [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558] + [49407] * 68
+
+
+def test_empty_prompt_is_start_and_padding(clip):
+    assert clip.tokenize([""])[0].tolist() == [49406] + [49407] * 76
+
+
+def test_every_word_of_the_world_is_one_token(shapes):
+    for i, word in enumerate(WORDS):
+        ids = shapes.text.tokenize([word])[0].tolist()
+        assert ids[1:3] == [i, shapes.text.tokenizer.eos_token_id], word
+    assert shapes.text.words() == list(WORDS)
+
+
+def test_words_that_do_not_fit(clip):
+    assert clip.dropped("a " * 75) == ""
+    assert clip.dropped("a " * 75 + "red circle, here") == "red circle, here"
+
+
+def test_unknown_words(shapes, clip):
+    assert shapes.text.unknown("a RED circle  on night") == []
+    assert shapes.text.unknown("a pink circle, d") == ["pink", ",", "d"]
+    assert clip.unknown("anything at all") == []
+
+
+def test_shape_and_batch(shapes):
+    both = shapes.text.encode(["a red circle", ""])
+    assert both.shape == (2, SHAPES.text.max_length, SHAPES.text.hidden_size)
+    assert (both[1] - shapes.text.encode([""])[0]).abs().max() < 1e-5
+
+
+def test_wrong_vocabulary_is_refused():
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="49408 tokens, expected 49407"):
+        Text(replace(SD14.text, vocab_size=49407))
