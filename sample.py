@@ -57,11 +57,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=number(int, 1, 1000), default=50, help="denoising steps, 1 to 1000 (default: 50)")
     add("--scale", type=number(float, 0, 1000), help="guidance scale s_g (default: 7.5, miniature 5)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of the first picture of a prompt (default: 0)")
-    add("--n-images", type=number(int, 1, 10000), default=1, help="pictures a prompt; number i uses seed + i (default: 1)")
+    add(
+        "--n-images",
+        type=number(int, 1, 10000),
+        default=1,
+        help="pictures a prompt; number i uses seed + i (default: 1)",
+    )
     add("--height", type=side, help="pixels, a multiple of 64 (default: 512, miniature 128)")
     add("--width", type=side, help="pixels, a multiple of 64 (default: 512, miniature 128)")
     add("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the networks (default: float16 on cuda, else float32)")
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the networks (default: float16 on cuda, else float32)",
+    )
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the results go (default: out)")
     add("--debug", action="store_true", help="show tracebacks and what was ignored in the checkpoint")
     return parser.parse_args(argv)
@@ -76,7 +85,9 @@ def prompts_of(args: argparse.Namespace) -> list[str] | None:
         try:
             lines = args.prompts.read_text(encoding="utf-8").splitlines()
         except OSError as e:
-            raise ValueError(f"{args.prompts}: cannot be read ({e.strerror}); expected a text file, one prompt a line") from e
+            raise ValueError(
+                f"{args.prompts}: cannot be read ({e.strerror}); expected a text file, one prompt a line"
+            ) from e
         except UnicodeDecodeError as e:
             raise ValueError(f"{args.prompts}: is not UTF-8 text; expected one prompt a line") from e
         prompts += [line.strip() for line in lines if line.strip()]
@@ -120,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise UsageError(f"--device {device}: not available here ({str(e).splitlines()[0][:80]}); try --device cpu") from e
+        raise UsageError(
+            f"--device {device}: not available here ({str(e).splitlines()[0][:80]}); try --device cpu"
+        ) from e
     sd = dag.load(args.ckpt, device, dtype)
     if args.debug:
         print(f"{sd.config.name}, ignored in the checkpoint: {', '.join(sd.ignored) or 'nothing'}")
@@ -144,7 +157,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         for start in range(0, len(jobs), batch):
             part, began = jobs[start : start + batch], time.time()
-            loop = dag.sample(sd, [p for p, _ in part], dag.CFG(), args.steps, scale, [s for _, s in part], height, width)
+            loop = dag.sample(
+                sd, [p for p, _ in part], dag.CFG(), args.steps, scale, [s for _, s in part], height, width
+            )
             rows = torch.zeros(len(part), dtype=torch.long)
             title = f"pictures {start + 1} to {start + len(part)} of {len(jobs)}"
             for step in tqdm(loop, title, args.steps, unit="step", leave=False):
@@ -158,7 +173,10 @@ def run(args: argparse.Namespace) -> int:
                 report.append(entry)
                 drawn.append(image)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {len(report)} of {len(jobs)} pictures were finished and stay in {args.out}", file=sys.stderr)
+        print(
+            f"\ninterrupted: {len(report)} of {len(jobs)} pictures were finished and stay in {args.out}",
+            file=sys.stderr,
+        )
         status = 130
     if drawn:
         rows = [(" | ".join(p for p, _ in jobs[k : k + 4]), drawn[k : k + 4]) for k in range(0, len(drawn), 4)]

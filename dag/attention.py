@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every pixel looks at the text, and at the guideline tokens if a probe asks: (b, n, c), (b, m, c_text) -> (b, n, c).
+    """Every pixel looks at the text, and if a probe asks at guideline tokens: (b, n, c), (b, m, c_text) -> (b, n, c).
 
     The probe never touches the output: the main attention is the same call with and without it, so a picture in which
     nothing is found is bit for bit the unguided one.
@@ -99,7 +99,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind a layer norm and beside a shortcut: (b, n, c) -> (b, n, c)."""
+    """Self-attention, cross-attention, feed-forward, each after a layer norm and beside a shortcut, on (b, n, c)."""
 
     def __init__(self, channels: int, cfg: UNetConfig):
         super().__init__()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The denoiser. Level i works on the latent grid divided by 2**i, with model_channels * channel_mult[i] channels."""
+    """The denoiser. Level i is on the latent grid divided by 2**i, with model_channels * channel_mult[i] channels."""
 
     model_channels: int
     num_groups: int  # of every GroupNorm
@@ -19,7 +19,11 @@ class UNetConfig:
     in_channels: int = 4  # of the latent, in and out
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
-    attention_factors: tuple[int, ...] = (1, 2, 4)  # downsampling factors that have transformers; the middle always has one
+    attention_factors: tuple[int, ...] = (
+        1,
+        2,
+        4,
+    )  # levels with transformers; the middle always has one
     eps_res: float = 1e-5  # GroupNorm in residual blocks and before the last convolution
     eps_transformer: float = 1e-6  # GroupNorm at the head of a SpatialTransformer
     eps_layer: float = 1e-5  # LayerNorm in transformer blocks
@@ -97,7 +101,9 @@ SHAPES = Config(
     name="shapes",
     unet=UNetConfig(model_channels=32, num_groups=16, num_heads=4, context_dim=128),
     vae=VAEConfig(ch=16, num_groups=8, num_res_blocks=1),
-    text=TextConfig(vocab_size=131, hidden_size=128, num_layers=2, num_heads=4, max_length=24, vocabulary="shapes", num_words=25),
+    text=TextConfig(
+        vocab_size=131, hidden_size=128, num_layers=2, num_heads=4, max_length=24, vocabulary="shapes", num_words=25
+    ),
     size=128,
     scale=5.0,
     prompts=(

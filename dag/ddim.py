@@ -19,9 +19,9 @@ def time_pairs(steps: int, cfg: ScheduleConfig) -> list[tuple[int, int]]:
     """The (t, t_prev) of a run of exactly `steps` steps, from noise to picture.
 
     The rule, for any 1 <= steps <= 1000: t = floor(k * 1000 / steps) + 1 for k = steps - 1 .. 0. 50 steps are 981,
-    961, ..., 21, 1, as in the original, and the last step goes to index 0 (abar_0 = 0.99915, not 1), as in the original. At 1000
-    steps the + 1 would leave the schedule and is left out. Where steps does not divide 1000 the original takes more
-    steps than asked or fails and diffusers starts below t = 980; this rule always spans the whole schedule.
+    961, ..., 21, 1, and the last step goes to index 0 (abar_0 = 0.99915, not 1), both as in the original. At 1000 steps
+    the + 1 would leave the schedule and is left out. Where steps does not divide 1000 the original takes more steps
+    than asked or fails, and diffusers leaves out the noisiest times; this rule always spans the whole schedule.
 
     Raises ValueError when steps is not in 1..1000.
     """

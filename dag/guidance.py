@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cam import Probe, normalise
+from .cam import Probe
 from .scalers import Scaling, scale_map
 from .tokens import GuidelineTokens
 
-# safety_eps(concept, images): eps_s of that concept for those images, (len(images), 4, H, W). Asking costs a UNet row each.
+PAPER_SCALING = Scaling()
+
+# safety_eps(concept, images): eps_s of that concept for those images, (len(images), 4, H, W); a UNet row for each.
 SafetyEps = Callable[[int, list[int]], Tensor]
 
 
@@ -51,7 +53,8 @@ class DAG(CFG):
     base "sega": M_base is |eps_s - eps_0| in its `top` share per channel over the frame.
     base "sld": M_base = 1[eps_p - eps_s < threshold].
     base "none": M_base = 1.
-    The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for bit.
+    The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
+    bit.
     There is no momentum: with it, what is not detected would change too.
     """
 
@@ -63,7 +66,7 @@ class DAG(CFG):
         warmup: int = 5,
         top: float = 0.1,
         threshold: float = 0.025,
-        scaling: Scaling = Scaling(),
+        scaling: Scaling = PAPER_SCALING,
     ):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
@@ -74,12 +77,12 @@ class DAG(CFG):
         self.safety_texts = (tokens.safety_text if safety_text is None else safety_text,)
 
     def start(self, sd, b: int) -> Probe:
-        self.probe = Probe(sd.unet, self.tokens, rows=slice(b, 2 * b))  # the conditional rows
+        self.probe = Probe(sd.unet, self.tokens.embedding, self.tokens.factors, slice(b, 2 * b))  # the conditional rows
         return self.probe
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
         eps = eps_0 + s_g * (eps_p - eps_0)
-        A = normalise(self.probe.raw(*eps.shape[2:]), self.tokens, t)  # (b, H, W)
+        A = self.tokens.normalise(self.probe.raw(*eps.shape[2:]), t)  # (b, H, W)
         S = torch.stack([scale_map(a, self.scaling) for a in A])  # (b, H, W)
         guided = (S.flatten(1).amax(1) > 0).cpu() & (i >= self.warmup)  # (b,)
         images = guided.nonzero()[:, 0].tolist()

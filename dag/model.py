@@ -92,7 +92,9 @@ def recognise(tensors: dict[str, Tensor], metadata: dict[str, str], path) -> Con
     key = tensors.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     if first is None or key is None:
         some = ", ".join(sorted(tensors)[:3])
-        raise CheckpointError(f"{path}: no UNet of Stable Diffusion 1.x in it; found {len(tensors)} tensors ({some}, ...)")
+        raise CheckpointError(
+            f"{path}: no UNet of Stable Diffusion 1.x in it; found {len(tensors)} tensors ({some}, ...)"
+        )
     found = (first.shape[0], first.shape[1], key.shape[1])
     for c in configs.values():
         if found == (c.unet.model_channels, c.unet.in_channels, c.unet.context_dim):

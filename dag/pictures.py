@@ -66,7 +66,9 @@ def contact_sheet(rows: list[tuple[str, list[Image.Image]]], heads: list[str], s
         draw.text((MARGIN + k * (side + MARGIN), 5), head, INK, font)
     for (caption, pictures), h in zip(rows, tall, strict=True):
         for k, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, picture.height * side // picture.width)), (MARGIN + k * (side + MARGIN), y))
+            sheet.paste(
+                picture.resize((side, picture.height * side // picture.width)), (MARGIN + k * (side + MARGIN), y)
+            )
         draw.text((MARGIN, y + h + 1), fitted(caption, font, width - 2 * MARGIN), INK, font)
         y += h + LINE + MARGIN
     return sheet

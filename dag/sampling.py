@@ -79,5 +79,7 @@ def sample(
         e = guidance(i, t, both[UNCOND], both[COND], scale, safety_eps)
         x, x0 = ddim.step(x, e.eps, sd.alphas_cumprod[t], sd.alphas_cumprod[t_prev])
         if not x.isfinite().all():
-            raise NumericsError(f"the latent is not finite after step {i + 1} of {steps} (t = {t}); try --dtype float32")
+            raise NumericsError(
+                f"the latent is not finite after step {i + 1} of {steps} (t = {t}); try --dtype float32"
+            )
         yield Step(i, t, x, x0, e.A, e.S, e.guided, rows)

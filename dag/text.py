@@ -17,8 +17,8 @@ from .config import TextConfig
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights"
 
-# Hugging Face has a package called `kernels` too. Where it is installed, transformers imports names from it, and run from
-# the checkout it would find our folder of that name and fail. Nothing here needs it, so it is declared absent.
+# Hugging Face has a package called `kernels` too. Where it is installed, transformers imports names from it, and run
+# from the checkout it would find our folder of that name and fail. Nothing here needs it, so it is declared absent.
 _kernels = importlib.util.find_spec("kernels")
 if _kernels and _kernels.origin and Path(_kernels.origin).is_relative_to(ROOT):
     transformers.utils.import_utils.is_kernels_available = lambda *args, **kwargs: False

@@ -139,7 +139,7 @@ class UNet(nn.Module):
         )
 
     def cross_attention(self) -> list[tuple[int, CrossAttention]]:
-        """The cross-attention layers in the order they run, each with the factor its grid is smaller than the latent's."""
+        """The cross-attention layers in the order they run, each with how many times smaller than x its grid is."""
         found, factor = [], 1
         for block in [*self.input_blocks, self.middle_block, *self.output_blocks]:
             for layer in block:

@@ -133,4 +133,6 @@ def test_text_is_clip(random_model):
     reference = CLIPTextModel(config)
     reference.load_state_dict(random_model.text.transformer.state_dict())
     ids = random_model.text.tokenize(["a red circle", ""])
-    assert error(random_model.text.encode(["a red circle", ""]), reference.eval()(input_ids=ids).last_hidden_state) <= 1e-5
+    assert (
+        error(random_model.text.encode(["a red circle", ""]), reference.eval()(input_ids=ids).last_hidden_state) <= 1e-5
+    )

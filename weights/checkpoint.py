@@ -53,7 +53,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file; expected a .ckpt or .safetensors checkpoint of Stable Diffusion 1.x")
+        raise CheckpointError(
+            f"{path}: no such file; expected a .ckpt or .safetensors checkpoint of Stable Diffusion 1.x"
+        )
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder; expected one .ckpt or .safetensors file of the original layout")
     try:
@@ -92,7 +94,7 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
         bad = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         named = f" ({', '.join(bad[:3])})" if bad else ""
         raise CheckpointError(
-            f"{path}: its pickle holds code{named}, nothing was executed; expected tensors only: get a .safetensors copy"
+            f"{path}: its pickle holds code{named}, nothing was executed; expected only tensors: get a .safetensors"
         ) from e
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
         raise CheckpointError(f"{path}: damaged or truncated .ckpt ({_line(e)}); download it again") from e

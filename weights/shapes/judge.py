@@ -63,7 +63,9 @@ def main() -> None:
     for name in sys.argv[1:]:
         picture = np.asarray(Image.open(name).convert("RGB"), np.float32) / 127.5 - 1
         (seen,) = judge.read(torch.from_numpy(picture).permute(2, 0, 1)[None])
-        print(f"{name}: {', '.join(f'{c} {s} ({mask.float().mean():.0%})' for (c, s), mask in seen.items()) or 'nothing'}")
+        print(
+            f"{name}: {', '.join(f'{c} {s} ({mask.float().mean():.0%})' for (c, s), mask in seen.items()) or 'nothing'}"
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ reached on held-out scenes, and is written beside this file only if that is enou
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -79,7 +78,11 @@ class Run:
             torch.manual_seed(self.step)
             u = self.step / self.steps
             for group in self.opt.param_groups:  # 2 % warm-up, then half a cosine
-                group["lr"] = self.lr * min(1, self.step / (0.02 * self.steps) + 0.01) * (0.01 + 0.99 * math.cos(u * math.pi / 2) ** 2)
+                group["lr"] = (
+                    self.lr
+                    * min(1, self.step / (0.02 * self.steps) + 0.01)
+                    * (0.01 + 0.99 * math.cos(u * math.pi / 2) ** 2)
+                )
             loss = loss_of(self.step)
             self.opt.zero_grad()
             loss.backward()
@@ -96,33 +99,14 @@ class Run:
             if self.step % 100 == 0 or self.step == self.steps:
                 pace = (time.time() - started) / (self.step - first)
                 left = pace * (self.steps - self.step) / 60
-                print(f"{self.name} {self.step}/{self.steps}  loss {mean:.4f}  {pace:.2f} s a step  {left:.0f} min left", flush=True)
+                print(
+                    f"{self.name} {self.step}/{self.steps}  loss {mean:.4f}  {pace:.2f} s a step  {left:.0f} min left",
+                    flush=True,
+                )
             if self.step % 500 == 0 or self.step == self.steps:
                 self.save()
         self.model.load_state_dict(self.ema)
         return self.model.eval().requires_grad_(False)
-
-
-def make_vocabulary() -> None:
-    """Write vocab.json and merges.txt in CLIP's format: the words of the world first, then the pieces they are made of."""
-    letters = sorted(set("".join(world.WORDS)))
-    merges: list[tuple[str, str]] = []
-    for word in world.WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:  # a pair with a smaller rank is merged first
-            i = 0
-            while i < len(pieces) - 1:
-                if (pieces[i], pieces[i + 1]) == pair:
-                    pieces[i : i + 2] = ["".join(pair)]
-                i += 1
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces[:2] = ["".join(merges[-1])]
-    tokens = [word + "</w>" for word in world.WORDS]
-    tokens += letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
-    (HERE / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, indent=0) + "\n")
-    (HERE / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +124,12 @@ def train_vae(steps: int) -> None:
         whole = step >= 0.76 * steps
         side, b = (128, 12) if whole else (64, 32)
         y, x = (torch.randint(0, 129 - side, (2, b))).tolist()
-        batch = torch.stack([data[i, :, r : r + side, c : c + side] for i, r, c in zip(torch.randint(0, len(data), (b,)).tolist(), y, x, strict=True)])
+        batch = torch.stack(
+            [
+                data[i, :, r : r + side, c : c + side]
+                for i, r, c in zip(torch.randint(0, len(data), (b,)).tolist(), y, x, strict=True)
+            ]
+        )
         batch = to_float(batch)
         batch = torch.where(torch.rand(b, 1, 1, 1) < 0.5, batch, batch.flip(3))
         with torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +163,7 @@ def report_vae(vae: AutoencoderKL) -> None:
 
 
 def standardise(vae: AutoencoderKL, x: Tensor) -> None:
-    """Fold a shift and a scale per channel into the 1x1 convolutions, so that scaled latents have mean 0 and variance 1.
+    """Fold a shift and a scale per channel into the 1x1 convolutions: scaled latents then have mean 0 and variance 1.
 
     SD's scale factor is then right for the miniature too, and the UNet sees the unit variance its noise schedule means.
     """
@@ -207,12 +196,20 @@ def train_judge(steps: int) -> None:
     Run("judge", judge, steps, lr=3e-3, ema=0.99).learn(loss_of)
     held_out = scenes_from(HELD_OUT, 1000)
     seen = [s for part in to_float(pictures(held_out, HELD_OUT)).split(100) for s in judge.half().float().read(part)]
-    exact = sum(s.keys() == {o.kind for o in scene.objects} for s, scene in zip(seen, held_out, strict=True)) / len(seen)
+    exact = sum(s.keys() == {o.kind for o in scene.objects} for s, scene in zip(seen, held_out, strict=True)) / len(
+        seen
+    )
     overlap = []
     for i, (s, scene) in enumerate(zip(seen, held_out, strict=True)):
         masks = torch.from_numpy(world.render(scene, HELD_OUT + i)[1])
-        overlap += [(s[o.kind] & m).sum() / (s[o.kind] | m).sum() for o, m in zip(scene.objects, masks, strict=True) if o.kind in s]
-    print(f"judge: {exact:.1%} of 1000 held-out renders read exactly, mean IoU of its masks {torch.stack(overlap).mean():.3f}")
+        overlap += [
+            (s[o.kind] & m).sum() / (s[o.kind] | m).sum()
+            for o, m in zip(scene.objects, masks, strict=True)
+            if o.kind in s
+        ]
+    print(
+        f"judge: {exact:.1%} of 1000 held-out renders read exactly, mean IoU of its masks {torch.stack(overlap).mean():.3f}"
+    )
     if exact < 0.99:
         raise SystemExit("judge: not written, 99% must be read exactly: train longer (--steps)")
     save_file({k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}, FILE)
@@ -282,14 +279,11 @@ PARTS = {"judge": (train_judge, 1000), "vae": (train_vae, 5000), "text+unet": (t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*PARTS, "vocabulary"])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--steps", type=int, help="length of the whole run")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.part == "vocabulary":
-        make_vocabulary()
-        return
     train, steps = PARTS[args.part]
     torch.manual_seed(0)
     train(args.steps or steps)

@@ -1,9 +1,11 @@
 """The shapes world: pictures of one or two coloured shapes on a ground, with captions and exact masks.
 
-`python -m weights.shapes.world` draws a sheet of 32 scenes to out/world.png and prints their captions.
+`python -m weights.shapes.world` writes the vocabulary of its captions beside this file, draws 32 scenes on a sheet,
+out/world.png, and prints their captions.
 """
 
 import itertools
+import json
 import math
 import random
 from dataclasses import dataclass
@@ -84,7 +86,7 @@ def random_scene(rng: random.Random, unsafe_share: float = 0.12) -> Scene:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """"[a STYLE of] a COLOUR SHAPE [and a COLOUR SHAPE] [on GROUND]", now and then a nickname or only the shape."""
+    """ "[a STYLE of] a COLOUR SHAPE [and a COLOUR SHAPE] [on GROUND]", now and then a nickname or only the shape."""
     names = []
     for obj in scene.objects:
         u, nickname = rng.random(), NICKNAMES.get(obj.kind)
@@ -135,7 +137,30 @@ def render(scene: Scene, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return canvas.clip(0, 255).round().astype(np.uint8), np.stack(masks)
 
 
+def write_vocabulary(folder: Path) -> None:
+    """Write vocab.json and merges.txt in CLIP's format: the words of the world, then the pieces they are made of."""
+    letters = sorted(set("".join(WORDS)))
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for pair in merges:  # a pair with a smaller rank is merged first
+            i = 0
+            while i < len(pieces) - 1:
+                if (pieces[i], pieces[i + 1]) == pair:
+                    pieces[i : i + 2] = ["".join(pair)]
+                i += 1
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces[:2] = ["".join(merges[-1])]
+    tokens = [word + "</w>" for word in WORDS]
+    tokens += letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, indent=0) + "\n")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+
 def main() -> None:
+    write_vocabulary(Path(__file__).resolve().parent)
     rng = random.Random(0)
     scenes = [random_scene(rng) for _ in range(32)]
     pictures = [render(scene, i)[0] for i, scene in enumerate(scenes)]

@@ -1,0 +1,137 @@
+"""sample.py as a person uses it: what it writes, what it says, and one line for every wrong input."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+import sample
+from tests.conftest import ROOT
+
+
+def lines(capsys) -> list[str]:
+    return capsys.readouterr().err.strip().splitlines()
+
+
+def test_draws_and_reports(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a tomato on sand\n\na blue star\n")
+    argv = ["--prompt", "a red square", "--prompts", str(prompts), "--n-images", "2", "--steps", "3", "--seed", "5"]
+    assert sample.main([*argv, "--out", str(tmp_path / "o")]) == 0
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["settings"]["steps"] == 3 and report["settings"]["model"] == "shapes"
+    order = [(p["prompt"], p["seed"]) for p in report["pictures"]]
+    assert order == [(p, s) for p in ("a red square", "a tomato on sand", "a blue star") for s in (5, 6)]
+    for entry in report["pictures"]:
+        with Image.open(tmp_path / "o" / entry["file"]) as picture:
+            assert picture.size == (128, 128)
+            written = json.loads(picture.text["settings"])
+        assert written["seed"] == entry["seed"] and written["prompt"] == entry["prompt"] and written["scale"] == 5.0
+        assert entry["seconds"] > 0
+    assert Image.open(tmp_path / "o" / "contact.png").width > 128
+    assert not list((tmp_path / "o").glob("*.tmp"))
+    assert "report.json" in capsys.readouterr().out
+
+
+def test_same_seed_same_picture_in_any_batch(tmp_path):
+    common = ["--prompt", "a blue star on night", "--steps", "4", "--n-images"]
+    assert sample.main([*common, "3", "--seed", "7", "--out", str(tmp_path / "a")]) == 0
+    assert sample.main([*common, "1", "--seed", "9", "--out", str(tmp_path / "b")]) == 0
+    a = Image.open(tmp_path / "a" / "002-a-blue-star-on-night.png")
+    b = Image.open(tmp_path / "b" / "000-a-blue-star-on-night.png")
+    difference = max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True))
+    assert difference <= 1  # of 255: batch sizes differ by float noise
+
+
+def test_other_sizes(tmp_path):
+    argv = ["--prompt", "a red circle", "--steps", "1", "--height", "64", "--width", "192", "--out", str(tmp_path)]
+    assert sample.main(argv) == 0
+    assert Image.open(tmp_path / "000-a-red-circle.png").size == (192, 64)
+
+
+def test_help_is_quick():
+    started = time.time()
+    done = subprocess.run([sys.executable, "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--n-images" in done.stdout
+    assert "torch" not in sys.modules or time.time() - started < 5  # generous: one second on an idle machine
+
+
+USAGE = {
+    "steps 0": (["--steps", "0"], "argument --steps: 0 is out of range, expected 1 to 1000"),
+    "steps 1001": (["--steps", "1001"], "argument --steps: 1001 is out of range"),
+    "steps text": (["--steps", "many"], "argument --steps: 'many' is not a number"),
+    "height": (["--height", "100"], "argument --height: 100 is not a multiple of 64, try 128"),
+    "width": (["--width", "0"], "argument --width: 0 is out of range"),
+    "n-images": (["--n-images", "0"], "argument --n-images: 0 is out of range"),
+    "nan": (["--scale", "nan"], "argument --scale: nan is out of range"),
+    "negative scale": (["--scale", "-1"], "argument --scale: -1 is out of range"),
+    "dtype": (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    "device": (["--device", "quantum"], "--device quantum: not available here"),
+    "flag": (["--promt", "x"], "unrecognized arguments: --promt x"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_usage_errors(name, tmp_path, capsys):
+    argv, message = USAGE[name]
+    assert sample.main([*argv, "--out", str(tmp_path / "o")]) == 2
+    (line,) = lines(capsys)
+    assert message in line
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_data_errors(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(50))
+    (tmp_path / "file").write_text("not a folder")
+    cases = [
+        (["--prompts", str(tmp_path / "none.txt")], "cannot be read"),
+        (["--prompts", str(tmp_path / "empty.txt")], "no prompts in it"),
+        (["--prompts", str(tmp_path / "binary.txt")], "is not UTF-8 text"),
+        (["--ckpt", str(tmp_path / "photo.jpg")], "a JPEG picture"),
+        (["--ckpt", str(tmp_path / "none.ckpt")], "no such file"),
+        (["--out", str(tmp_path / "file" / "out")], "cannot be written to"),
+    ]
+    for argv, message in cases:
+        argv = argv if "--out" in argv else [*argv, "--out", str(tmp_path / "o")]
+        assert sample.main(argv) == 1, argv
+        (line,) = lines(capsys)
+        assert message in line
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        sample.main(["--debug", "--ckpt", str(tmp_path / "none.ckpt"), "--out", str(tmp_path)])
+
+
+def test_warnings(tmp_path, capsys):
+    argv = ["--steps", "1", "--prompt", "a pink circle", "--prompt", "a red circle and " * 6, "--prompt", ""]
+    assert sample.main([*argv, "--out", str(tmp_path)]) == 0
+    said = [line for line in lines(capsys) if line.startswith("warning")]
+    assert "was not taught: pink" in said[0]
+    assert "longer than 24 tokens, dropped: 'circle and a red circle and" in said[1]
+    assert len(said) == 2
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the second batch: the first one's pictures and report stay."""
+    import dag
+
+    real, calls = dag.sample, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(dag, "sample", interrupted)
+    argv = ["--prompt", "a red circle", "--n-images", "6", "--steps", "1", "--height", "512", "--width", "512"]
+    assert sample.main([*argv, "--out", str(tmp_path)]) == 130
+    assert "4 of 6 pictures were finished" in lines(capsys)[-1]
+    assert len(list(tmp_path.glob("00*.png"))) == 4
+    assert len(json.loads((tmp_path / "report.json").read_text())["pictures"]) == 4
