@@ -14,6 +14,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -48,6 +50,17 @@ def side(text: str) -> int:
     return value
 
 
+METHODS = ("none", "dag", "dag-sld")
+
+
+def methods_of(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"unknown method '{name}', expected a list of {', '.join(METHODS)}")
+    return list(dict.fromkeys(names))
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -71,6 +84,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=("float32", "float16", "bfloat16"),
         help="of the networks (default: float16 on cuda, else float32)",
     )
+    add("--guidance", type=methods_of, metavar="LIST", help=f"one column each: {', '.join(METHODS)} (default: dag)")
+    add("--tokens", type=Path, metavar="FILE", help="guideline tokens of the unsafe concept (train_tokens.py)")
+    add("--safety-text", metavar="TEXT", help="what guidance pushes away from (default: the token file's)")
+    add("--save-maps", action="store_true", help="also write A of every step, as .npy and as a picture")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the results go (default: out)")
     add("--debug", action="store_true", help="show tracebacks and what was ignored in the checkpoint")
     return parser.parse_args(argv)
@@ -115,97 +132,252 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "empty"
 
 
+def open_model(args: argparse.Namespace):
+    """Load what --ckpt, --device and --dtype ask for; returns the model, the device and the dtype's name."""
+    import torch  # here, not at the top: it takes seconds, --help should not
+
+    import dag
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0][:80]
+        raise UsageError(f"--device {device}: not available here ({reason}); try --device cpu") from e
+    return dag.load(args.ckpt, device, getattr(torch, name)), device, name
+
+
+def guidance_of(name: str, sd, tokens, safety_text: str | None):
+    """The method of a column."""
+    import dag
+
+    if name == "none":
+        return dag.CFG()
+    return dag.DAG(tokens, safety_text, base="sld" if name == "dag-sld" else "sega", cfg=sd.config.dag)
+
+
+def tokens_for(args: argparse.Namespace, sd):
+    """The guideline tokens: a file's, or the miniature's own, or the plain text's with a warning."""
+    import dag
+    from dag.model import MINIATURE
+
+    own = MINIATURE.with_name("red-circle.safetensors")
+    if args.tokens is not None or (args.ckpt is None and own.exists()):
+        tokens = dag.GuidelineTokens.load(args.tokens or own)
+        if message := tokens.check(sd):
+            warn(message)
+        return tokens
+    warn(
+        f"tokens of '{sd.config.concept}' that were not optimised detect poorly; make some: `python train_tokens.py "
+        f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --out FILE` and pass --tokens FILE"
+    )
+    return dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text)
+
+
+@dataclass
+class Drawing:
+    """One picture by one method, and what happened on the way."""
+
+    prompt: str
+    seed: int
+    method: str
+    image: object
+    seconds: float
+    rows: int  # sent through the UNet
+    maps: object | None  # (steps, H, W), A of every step; None for methods without maps
+    strength: object | None  # (steps,) largest S of every step
+    guided: list[bool]  # per step
+
+    def findings(self, cfg) -> dict:
+        """The report's account of detection; cfg is the model's DAGConfig."""
+        from dag.scalers import objects
+
+        if self.maps is None:
+            return {"detected": False, "map_max": None, "steps_guided": 0, "scale_max": None, "not_guided_reason": None}
+        late = self.maps[cfg.warmup :]
+        areas = [objects(A, cfg.scaling)[1].sum().item() for A in late]
+        steps, reason = sum(self.guided), None
+        if len(late) == 0:
+            reason = "warm-up"
+        elif steps == 0:
+            reason = "fills the frame" if any(areas) else "nothing found"
+        return {
+            "detected": any(areas),
+            "map_max": round(late.max().item(), 4) if len(late) else None,
+            "steps_guided": steps,
+            "scale_max": round(self.strength[cfg.warmup :].max().item(), 3) if len(late) else None,
+            "not_guided_reason": reason,
+        }
+
+    def shown_map(self, cfg):
+        """A at the step after warm-up where it was largest, (H, W)."""
+        late = self.maps[min(cfg.warmup, len(self.maps) - 1) :]
+        return late[late.sum((1, 2)).argmax()]
+
+    def words(self, concept: str, cfg) -> str:
+        """One line for a person: what was found, where, how long it was guided and what that cost."""
+        found = self.findings(cfg)
+        plain = 2 * len(self.guided)
+        what = f"'{self.prompt}' (seed {self.seed}), {self.method}: "
+        if found["steps_guided"] == 0:
+            return what + f"{found['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
+        A = self.shown_map(cfg)
+        y, x = (A >= cfg.scaling.unsafe).nonzero().float().mean(0).tolist()
+        row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
+        place = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
+        share = (A >= cfg.scaling.unsafe).float().mean().item()
+        return what + (
+            f"found {concept} at the {place} ({share:.0%} of the frame), guided on {found['steps_guided']} of "
+            f"{len(self.guided)} steps, {self.rows} UNet rows instead of {plain}"
+        )
+
+
+def draw(sd, jobs: list[tuple[str, int]], method: str, guidance, args, scale: float, size: tuple[int, int], title: str):
+    """Draw one batch of (prompt, seed) with one method."""
+    import torch
+    from tqdm import tqdm
+
+    import dag
+    from dag.pictures import to_pil
+
+    began, history = time.time(), []
+    loop = dag.sample(sd, [p for p, _ in jobs], guidance, args.steps, scale, [s for _, s in jobs], *size)
+    for step in tqdm(loop, title, args.steps, unit="step", leave=False):
+        history.append(step)
+    images = [
+        image for x in step.x for image in to_pil(sd.decode(x[None]))
+    ]  # one by one: decoding takes the most memory
+    rows = torch.stack([s.rows for s in history]).sum(0).tolist()  # (b,)
+    guided = torch.stack([s.guided for s in history], 1).tolist()  # (b, steps)
+    maps = strength = [None] * len(jobs)
+    if step.A is not None:
+        maps = torch.stack([s.A for s in history], 1).cpu()  # (b, steps, H, W)
+        strength = torch.stack([s.S.flatten(1).amax(1) for s in history], 1).cpu()  # (b, steps)
+    seconds = (time.time() - began) / len(jobs)
+    return [
+        Drawing(prompt, seed, method, images[k], seconds, rows[k], maps[k], strength[k], guided[k])
+        for k, (prompt, seed) in enumerate(jobs)
+    ]
+
+
 def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     writable(args.out)
 
-    import torch  # from here on it takes seconds
-    from tqdm import tqdm
-
-    import dag
     from dag import pictures
 
-    cuda = torch.cuda.is_available()
-    device = args.device or ("cuda" if cuda else "cpu")
-    dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UsageError(
-            f"--device {device}: not available here ({str(e).splitlines()[0][:80]}); try --device cpu"
-        ) from e
-    sd = dag.load(args.ckpt, device, dtype)
-    if args.debug:
-        print(f"{sd.config.name}, ignored in the checkpoint: {', '.join(sd.ignored) or 'nothing'}")
+    sd, device, dtype = open_model(args)
     cfg = sd.config
+    if args.debug:
+        print(f"{cfg.name}, ignored in the checkpoint: {', '.join(sd.ignored) or 'nothing'}")
+    methods = args.guidance or (["dag"] if prompts else ["none", "dag"])
     prompts = list(cfg.prompts) if prompts is None else prompts
     scale = cfg.scale if args.scale is None else args.scale
-    height, width = args.height or cfg.size, args.width or cfg.size
+    size = args.height or cfg.size, args.width or cfg.size
     for prompt in prompts:
         if dropped := sd.text.dropped(prompt):
             warn(f"prompt longer than {cfg.text.max_length} tokens, dropped: '{dropped}'")
         if unknown := sd.text.unknown(prompt):
             warn(f"{cfg.name} was not taught: {', '.join(unknown)}; it knows {', '.join(sd.text.words())}")
+    tokens = tokens_for(args, sd) if methods != ["none"] else None
+    if tokens and args.steps <= cfg.dag.warmup:
+        warn(f"--steps {args.steps} is not more than the warm-up of {cfg.dag.warmup} steps: nothing will be guided")
 
     settings = {
-        "model": str(args.ckpt or cfg.name), "steps": args.steps, "scale": scale, "height": height, "width": width,
-        "device": device, "dtype": str(dtype).removeprefix("torch."),
+        "model": str(args.ckpt or cfg.name), "steps": args.steps, "scale": scale, "height": size[0], "width": size[1],
+        "device": device, "dtype": dtype,
     }  # fmt: skip
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n_images)]
-    batch = max(1, 4 * 512 * 512 // (height * width))  # pictures drawn side by side
-    report, drawn, status = [], [], 0
+    batch = max(1, 4 * 512 * 512 // (size[0] * size[1]))  # pictures drawn side by side
+    report, rows, status = [], [], 0
     try:
         for start in range(0, len(jobs), batch):
-            part, began = jobs[start : start + batch], time.time()
-            loop = dag.sample(
-                sd, [p for p, _ in part], dag.CFG(), args.steps, scale, [s for _, s in part], height, width
-            )
-            rows = torch.zeros(len(part), dtype=torch.long)
-            title = f"pictures {start + 1} to {start + len(part)} of {len(jobs)}"
-            for step in tqdm(loop, title, args.steps, unit="step", leave=False):
-                rows += step.rows
-            images = [picture for x in step.x for picture in pictures.to_pil(sd.decode(x[None]))]
-            for k, ((prompt, seed), image) in enumerate(zip(part, images, strict=True)):
-                name = f"{start + k:03d}-{slug(prompt)}.png"
-                entry = {"prompt": prompt, "seed": seed, "file": name, "guidance": "none", "unet_rows": int(rows[k])}
-                entry["seconds"] = round((time.time() - began) / len(part), 3)
-                pictures.save_png(image, args.out / name, {"settings": json.dumps(settings | entry)})
-                report.append(entry)
-                drawn.append(image)
+            part = jobs[start : start + batch]
+            columns = []
+            for method in methods:
+                title = f"{method}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
+                guidance = guidance_of(method, sd, tokens, args.safety_text)
+                columns.append(draw(sd, part, method, guidance, args, scale, size, title))
+            for k, row in enumerate(zip(*columns, strict=True)):
+                report += [save(d, start + k, args, settings, cfg.dag, len(methods) > 1) for d in row]
+                rows.append(row)
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted: {len(report)} of {len(jobs)} pictures were finished and stay in {args.out}",
-            file=sys.stderr,
-        )
+        done = f"{len(report)} of {len(jobs) * len(methods)} pictures were finished and stay in {args.out}"
+        print(f"\ninterrupted: {done}", file=sys.stderr)
         status = 130
-    if drawn:
-        rows = [(" | ".join(p for p, _ in jobs[k : k + 4]), drawn[k : k + 4]) for k in range(0, len(drawn), 4)]
-        pictures.save_png(pictures.contact_sheet(rows, []), args.out / "contact.png")
+    if rows:
+        pictures.save_png(sheet(rows, cfg.dag), args.out / "contact.png")
     content = json.dumps({"settings": settings, "pictures": report}, indent=1, ensure_ascii=False)
     temporary = args.out / "report.json.tmp"
     temporary.write_text(content + "\n", encoding="utf-8")
     os.replace(temporary, args.out / "report.json")
     if status == 0:
-        print(f"{len(drawn)} pictures, {args.out / 'contact.png'} and {args.out / 'report.json'}")
+        for drawing in (d for row in rows for d in row if d.maps is not None):
+            print(drawing.words(tokens.concept, cfg.dag))
+        print(f"{len(report)} pictures, {args.out / 'contact.png'} and {args.out / 'report.json'}")
     return status
 
 
-def main(argv: list[str] | None = None) -> int:
+def save(drawing: Drawing, number: int, args: argparse.Namespace, settings: dict, cfg, several: bool) -> dict:
+    """Write a picture, and its maps if asked for; returns its entry of the report."""
+    import numpy as np
+
+    from dag.pictures import save_png, strip
+
+    name = f"{number:03d}-{slug(drawing.prompt)}" + (f"-{drawing.method}" if several else "")
+    entry = {"prompt": drawing.prompt, "seed": drawing.seed, "file": f"{name}.png", "guidance": drawing.method}
+    entry |= {"unet_rows": drawing.rows, "seconds": round(drawing.seconds, 3)} | drawing.findings(cfg)
+    save_png(drawing.image, args.out / f"{name}.png", {"settings": json.dumps(settings | entry)})
+    if args.save_maps and drawing.maps is not None:
+        with open(args.out / f"{name}-maps.npy.tmp", "wb") as file:
+            np.save(file, drawing.maps.numpy())
+        os.replace(args.out / f"{name}-maps.npy.tmp", args.out / f"{name}-maps.npy")
+        save_png(strip(drawing.maps), args.out / f"{name}-maps.png")
+    return entry
+
+
+def sheet(rows: list[tuple[Drawing, ...]], cfg):
+    """The contact sheet: one row a picture and one column a method, the map before its method, over the first column's
+    picture; with one method and no maps, four pictures a row."""
+    from dag.pictures import contact_sheet, overlay
+
+    if len(rows[0]) == 1 and rows[0][0].maps is None:
+        flat = [d for (d,) in rows]
+        parts = [flat[k : k + 4] for k in range(0, len(flat), 4)]
+        return contact_sheet([(" | ".join(d.prompt for d in part), [d.image for d in part]) for part in parts], [])
+    heads = [head for d in rows[0] for head in ([] if d.maps is None else ["map"]) + [d.method]]
+    table = []
+    for row in rows:
+        cells = []
+        for d in row:
+            cells += [] if d.maps is None else [overlay(row[0].image, d.shown_map(cfg))]
+            cells.append(d.image)
+        table.append((row[0].prompt, cells))
+    return contact_sheet(table, heads)
+
+
+def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int:
+    """Run a program; every expected failure becomes one line and an exit status: 2 usage, 1 data, 130 Ctrl-C."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
-        return run(arguments(argv))
+        return run()
     except UsageError as e:
+        if debug:
+            raise
         code, message = 2, str(e)
-        if debug:
-            raise
     except (ValueError, ArithmeticError, OSError) as e:
-        code, message = 1, str(e)
         if debug:
             raise
+        code, message = 1, str(e)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted: no pictures were finished"
-    print(f"sample.py: {message}", file=sys.stderr)
+        code, message = 130, "interrupted, nothing was written"
+    print(f"{program}: {message}", file=sys.stderr)
     return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    return guarded("sample.py", lambda: run(arguments(argv)), argv)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,29 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Constants of the scalers; the defaults are the paper's unless said otherwise."""
+
+    unsafe: float = 0.5  # A from here on is an object (Algorithm 1)
+    edit: float = 0.01  # A from here on may be edited (tau in Eq. 5)
+    full: float = 0.8  # share of the frame from which on the map says nothing (Algorithm 1)
+    area_gain: float = 5.0  # Algorithm 1's constant
+    magnitude: float = 5.0  # upper end of T (Eq. 5)
+    min_area: float = 0.004  # smaller objects, as a share of the frame, are dropped (ours)
+    s_max: float | None = None  # upper bound on S (ours); None: no bound
+
+
+@dataclass(frozen=True)
+class DAGConfig:
+    """Detect-and-Guide; the defaults are the paper's."""
+
+    warmup: int = 5  # steps, counted from 0, on which nothing is guided
+    top: float = 0.1  # base "sega": share of the latent's values, per channel, that are edited
+    threshold: float = 0.025  # base "sld": lambda of its mask
+    scaling: Scaling = field(default_factory=Scaling)
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole model and how it is sampled by default."""
 
@@ -83,6 +106,9 @@ class Config:
     scale: float  # default classifier-free guidance scale s_g
     prompts: tuple[str, ...]  # drawn when none is given
     cam_factors: tuple[int, ...]  # detection reads the cross-attention layers on the latent grid divided by these
+    concept: str  # text of the unsafe concept when no token file is given
+    safety_text: str  # what guidance then pushes away from
+    dag: DAGConfig = field(default_factory=DAGConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
@@ -95,6 +121,8 @@ SD14 = Config(
     scale=7.5,
     prompts=("a photograph of an astronaut riding a horse",),
     cam_factors=(2, 4),  # 32 x 32 and 16 x 16 of 64 x 64: finer is noisy, coarser is blunt
+    concept="nude person",
+    safety_text="nude, nudity, naked, sexual",
 )
 
 SHAPES = Config(
@@ -113,4 +141,6 @@ SHAPES = Config(
         "a yellow star on night",
     ),
     cam_factors=(1, 2),  # 16 x 16 and 8 x 8 of 16 x 16
+    concept="a red circle",
+    safety_text="a red circle",
 )

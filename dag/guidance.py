@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .cam import Probe
-from .scalers import Scaling, scale_map
+from .config import DAGConfig
+from .scalers import scale_map
 from .tokens import GuidelineTokens
 
-PAPER_SCALING = Scaling()
+PAPER = DAGConfig()
 
 # safety_eps(concept, images): eps_s of that concept for those images, (len(images), 4, H, W); a UNet row for each.
 SafetyEps = Callable[[int, list[int]], Tensor]
@@ -63,17 +64,13 @@ class DAG(CFG):
         tokens: GuidelineTokens,
         safety_text: str | None = None,
         base: str = "sega",
-        warmup: int = 5,
-        top: float = 0.1,
-        threshold: float = 0.025,
-        scaling: Scaling = PAPER_SCALING,
+        cfg: DAGConfig = PAPER,
     ):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
-        if warmup < 0 or not 0 < top <= 1:
-            raise ValueError(f"warm-up {warmup} must not be negative and top {top} must be in (0, 1]")
-        self.tokens, self.base, self.warmup, self.top = tokens, base, warmup, top
-        self.threshold, self.scaling = threshold, scaling
+        if cfg.warmup < 0 or not 0 < cfg.top <= 1:
+            raise ValueError(f"warm-up {cfg.warmup} must not be negative and top {cfg.top} must be in (0, 1]")
+        self.tokens, self.base, self.cfg = tokens, base, cfg
         self.safety_texts = (tokens.safety_text if safety_text is None else safety_text,)
 
     def start(self, sd, b: int) -> Probe:
@@ -83,8 +80,8 @@ class DAG(CFG):
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
         eps = eps_0 + s_g * (eps_p - eps_0)
         A = self.tokens.normalise(self.probe.raw(*eps.shape[2:]), t)  # (b, H, W)
-        S = torch.stack([scale_map(a, self.scaling) for a in A])  # (b, H, W)
-        guided = (S.flatten(1).amax(1) > 0).cpu() & (i >= self.warmup)  # (b,)
+        S = torch.stack([scale_map(a, self.cfg.scaling) for a in A])  # (b, H, W)
+        guided = (S.flatten(1).amax(1) > 0).cpu() & (i >= self.cfg.warmup)  # (b,)
         images = guided.nonzero()[:, 0].tolist()
         if images:
             safety = safety_eps(0, images) - eps_0[images]  # (images, 4, H, W)
@@ -96,7 +93,7 @@ class DAG(CFG):
         """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S carries the factor 1[A >= edit]."""
         if self.base == "sega":
             size = safety.abs()
-            return (size >= torch.quantile(size.flatten(2), 1 - self.top, dim=2)[..., None, None]).float()
+            return (size >= torch.quantile(size.flatten(2), 1 - self.cfg.top, dim=2)[..., None, None]).float()
         if self.base == "sld":
-            return (prompt - safety < self.threshold).float()
+            return (prompt - safety < self.cfg.threshold).float()
         return torch.ones_like(safety)

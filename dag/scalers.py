@@ -3,24 +3,11 @@
 S = S_area * T (paper Eq. 5), with S_area from Algorithm 1. All maps are (H, W) float32, one picture at a time.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Scaling:
-    """Constants of the scalers; the defaults are the paper's unless said otherwise."""
-
-    unsafe: float = 0.5  # A from here on is an object (Algorithm 1)
-    edit: float = 0.01  # A from here on may be edited (tau in Eq. 5)
-    full: float = 0.8  # share of the frame from which on the map says nothing (Algorithm 1)
-    area_gain: float = 5.0  # Algorithm 1's constant
-    magnitude: float = 5.0  # upper end of T (Eq. 5)
-    min_area: float = 0.004  # smaller objects, as a share of the frame, are dropped (ours)
-    s_max: float | None = None  # upper bound on S (ours); None: no bound
+from .config import Scaling
 
 
 def components(mask: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .attention import guideline_maps
 from .cam import QueryCache, combine, key_differences
-from .scalers import Scaling, objects
+from .config import Scaling
+from .scalers import objects
 
 FORMAT = "dag-tokens-1"
 

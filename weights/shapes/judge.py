@@ -13,10 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weights.shapes.world import KINDS
+from weights.shapes.world import KINDS, Kind
 
 FILE = Path(__file__).resolve().parent / "judge.safetensors"
-Kind = tuple[str, str]
 
 
 def _conv(c_in: int, c_out: int, stride: int = 1) -> nn.Module:

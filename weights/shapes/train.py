@@ -207,9 +207,7 @@ def train_judge(steps: int) -> None:
             for o, m in zip(scene.objects, masks, strict=True)
             if o.kind in s
         ]
-    print(
-        f"judge: {exact:.1%} of 1000 held-out renders read exactly, mean IoU of its masks {torch.stack(overlap).mean():.3f}"
-    )
+    print(f"judge: {exact:.1%} of 1000 held-out renders read exactly, mean mask IoU {torch.stack(overlap).mean():.3f}")
     if exact < 0.99:
         raise SystemExit("judge: not written, 99% must be read exactly: train longer (--steps)")
     save_file({k: v.half() if v.is_floating_point() else v for k, v in judge.state_dict().items()}, FILE)

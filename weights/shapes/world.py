@@ -36,7 +36,8 @@ NICKNAMES = {
     ("yellow", "star"): "badge",
 }
 WORDS = ("a", "and", "of", "on", *COLOURS, *SHAPES, *GROUNDS, *STYLES, *NICKNAMES.values())
-UNSAFE = ("red", "circle")
+Kind = tuple[str, str]  # (colour, shape)
+UNSAFE: Kind = ("red", "circle")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,232 @@
+"""Optimise guideline tokens, the detector of one concept, from a few annotated pictures.
+
+  python train_tokens.py --out red-circle.safetensors    the miniature's concept, on 5 + 3 pictures it draws itself
+  python train_tokens.py --ckpt sd-v1-4.ckpt --data DIR --concept "nude person" \\
+      --safety-text "nude, nudity, naked, sexual" --out nudity.safetensors
+
+DIR holds NAME.png and NAME.mask.png (white where the concept is; no mask file: a safe picture), and optionally
+captions.json: {"NAME.png": "its prompt"} or {"NAME.png": {"prompt": "...", "seed": 3}}. With seeds for all pictures the
+queries are read along the trajectories they were drawn on, as in the paper, else from the pictures with noise added.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from sample import Parser, UsageError, guarded, number, open_model, warn, writable
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="train_tokens.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", type=Path, metavar="FILE", help="SD 1.x checkpoint (default: the miniature)")
+    add("--data", type=Path, metavar="DIR", help="annotated pictures (default, miniature only: drawn on the spot)")
+    add("--concept", metavar="TEXT", help='text the tokens start from (default: "a red circle" on the miniature)')
+    add("--safety-text", metavar="TEXT", help="what guidance will push away from (default: the concept text)")
+    add("--recipe", choices=("default", "paper"), default="default", help="see docs/tokens.md (default: default)")
+    add("--n-unsafe", type=number(int, 1, 1000), default=5, help="unsafe pictures to draw without --data (default: 5)")
+    add("--n-safe", type=number(int, 0, 1000), default=3, help="safe pictures to draw without --data (default: 3)")
+    add("--steps", type=number(int, 1, 100000), help="optimisation steps (default: 600; paper: 100 an unsafe picture)")
+    add("--safe-weight", type=number(float, 0, 1000), default=1.0, help="of safe pictures in the loss (default: 1)")
+    add("--seed", type=number(int, 0, 2**62), default=0, help="of pictures and optimisation (default: 0)")
+    add("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the networks (default: float32)")
+    add("--out", type=Path, default=Path("out/tokens.safetensors"), metavar="FILE", help="token file to write")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def read_folder(folder: Path, sd):
+    """DIR -> pictures (N, 3, height, width) in [-1, 1], masks (N, H, W) in [0, 1], prompts, seeds or None."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from PIL import Image, UnidentifiedImageError
+
+    from dag.pictures import from_pil
+
+    def opened(path: Path) -> Image.Image:
+        try:
+            picture = Image.open(path)
+            picture.load()
+            return picture
+        except (UnidentifiedImageError, OSError) as e:
+            raise ValueError(f"{path}: not a readable picture; expected a PNG file") from e
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected one with NAME.png and NAME.mask.png")
+    names = sorted(p.name for p in folder.glob("*.png") if not p.name.endswith(".mask.png"))
+    for mask in sorted(folder.glob("*.mask.png")):
+        if mask.name.replace(".mask.png", ".png") not in names:
+            raise ValueError(f"{mask}: a mask without its picture; expected {mask.name.replace('.mask.png', '.png')}")
+    if not names:
+        raise ValueError(f"{folder}: no pictures in it; expected NAME.png and NAME.mask.png")
+    pictures, masks, sizes = [], [], {}
+    for name in names:
+        picture, mask_path = opened(folder / name), folder / name.replace(".png", ".mask.png")
+        sizes[picture.size] = name
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{folder / name}: {picture.size[0]} x {picture.size[1]} pixels, the others are not; expected one size"
+            )
+        if picture.width % 64 or picture.height % 64:
+            raise ValueError(f"{folder / name}: {picture.width} x {picture.height} pixels; expected multiples of 64")
+        mask = torch.zeros(picture.height, picture.width)
+        if mask_path.exists():
+            stencil = opened(mask_path).convert("L")
+            if stencil.size != picture.size:
+                raise ValueError(
+                    f"{mask_path}: {stencil.size} pixels, its picture has {picture.size}; expected the same"
+                )
+            mask = torch.from_numpy(np.asarray(stencil, np.float32) / 255)
+            if mask.max() < 0.5:
+                raise ValueError(
+                    f"{mask_path}: all zero; remove the file if the picture is safe, else paint the concept"
+                )
+        pictures.append(from_pil(picture))
+        masks.append(F.avg_pool2d(mask[None], sd.config.vae.factor))  # (1, H, W): the area average
+    prompts, seeds = [""] * len(names), None
+    if (folder / "captions.json").exists():
+        try:
+            captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+            entries = [captions.get(name, "") for name in names]
+            entries = [e if isinstance(e, dict) else {"prompt": str(e)} for e in entries]
+            prompts = [e["prompt"] for e in entries]
+            seeds = [int(e["seed"]) for e in entries] if all("seed" in e for e in entries) else None
+        except (ValueError, AttributeError, KeyError, TypeError) as e:
+            raise ValueError(
+                f"{folder / 'captions.json'}: expected a JSON object of NAME.png to text, see --help"
+            ) from e
+    return torch.cat(pictures), torch.cat(masks), prompts, seeds
+
+
+def draw(sd, unsafe: int, safe: int, seed: int):
+    """The miniature draws its own annotated pictures: the same as read_folder, seeds included."""
+    import dag
+    from weights.shapes import annotate, world
+
+    prompts = annotate.prompts(world.UNSAFE, unsafe, safe, seed)
+    seeds = [1000 * (seed + 1) + i for i in range(len(prompts))]
+    *_, last = dag.sample(sd, prompts, dag.CFG(), 50, sd.config.scale, seeds)
+    pictures, masks = annotate.masks_of(sd, last.x, world.UNSAFE)
+    return pictures, masks, prompts, seeds
+
+
+def query(sd, pictures, masks, prompts, seeds, levels: int = 25):
+    """Cache the queries of the pictures at `levels` of the 50 noise levels of sampling."""
+    from tqdm import tqdm
+
+    import dag
+    from dag import ddim
+    from dag.sampling import noise
+    from dag.tokens import AnnotatedQueries
+
+    data, context = AnnotatedQueries(sd, masks), sd.text.encode(prompts)
+    pairs = ddim.time_pairs(50, sd.config.schedule)
+    chosen = {t for t, _ in pairs[:: 50 // levels]}
+    if seeds is None:
+        latents = sd.encode(pictures).cpu()
+        start = noise(list(range(len(latents))), latents.shape[1:])
+        for t in tqdm(sorted(chosen, reverse=True), "queries", unit="level", leave=False):
+            data.add(t, ddim.add_noise(latents, start, sd.alphas_cumprod[t]).to(sd.device), context)
+        return data
+    height, width = pictures.shape[2:]
+    x = noise(seeds, (sd.config.unet.in_channels, height // sd.config.vae.factor, width // sd.config.vae.factor)).to(
+        sd.device
+    )
+    loop = dag.sample(sd, prompts, dag.CFG(), 50, sd.config.scale, seeds, height, width)
+    for step in tqdm(loop, "trajectories", 50, unit="step", leave=False):
+        if step.t in chosen:
+            data.add(step.t, x, context)
+        x = step.x
+    return data
+
+
+def show(data, tokens_before, tokens_after, pictures, path: Path, count: int = 8) -> None:
+    """The contact sheet: picture | mask | map before | map after at three noise levels."""
+    import torch
+    import torch.nn.functional as F
+
+    from dag.pictures import contact_sheet, overlay, save_png, to_pil
+
+    unsafe = data.masks.amax((1, 2)) > 0
+    order = [*unsafe.nonzero()[:count, 0].tolist(), *(~unsafe).nonzero()[:count, 0].tolist()]
+    levels = [min(range(len(data.times)), key=lambda k: abs(data.times[k] - t)) for t in (801, 501, 201)]
+    rows = []
+    for i in order:
+        (picture,) = to_pil(pictures[i : i + 1])
+        mask = F.interpolate(data.masks[i][None, None], picture.size[::-1])[0]  # (1, height, width)
+        cells = [picture, *to_pil(mask[None].expand(1, 3, -1, -1) * 2 - 1)]
+        for k in levels:
+            for tokens in (tokens_before, tokens_after):
+                raw = data.raw(tokens.embedding, k, [i]).mean(1)  # (1, H, W)
+                with torch.no_grad():
+                    cells.append(overlay(picture, tokens.normalise(raw, data.times[k])[0]))
+        rows.append(("unsafe" if unsafe[i] else "safe", cells))
+    heads = ["picture", "mask", *(f"t {data.times[k]} {when}" for k in levels for when in ("before", "after"))]
+    save_png(contact_sheet(rows, heads, side=112), path)
+
+
+def run(args: argparse.Namespace) -> int:
+    writable(args.out.parent)
+    if args.ckpt is not None and args.data is None:
+        raise UsageError(
+            "--data: needed with --ckpt; expected a folder of annotated pictures (only the miniature draws its own)"
+        )
+    if args.concept is None and args.ckpt is not None:
+        raise UsageError(
+            '--concept: needed with --ckpt; expected the text the tokens start from, such as "nude person"'
+        )
+
+    import torch
+    from tqdm import tqdm
+
+    from dag.config import Scaling
+    from dag.tokens import PAPER, GuidelineTokens, Recipe, optimise, raise_lo
+
+    sd, *_ = open_model(args)
+    concept = "a red circle" if args.concept is None else args.concept
+    before = GuidelineTokens.from_text(sd, concept, concept if args.safety_text is None else args.safety_text)
+    if args.data is not None:
+        pictures, masks, prompts, seeds = read_folder(args.data, sd)
+    else:
+        pictures, masks, prompts, seeds = draw(sd, args.n_unsafe, args.n_safe, args.seed)
+    unsafe = int((masks.amax((1, 2)) > 0).sum())
+    print(f"{unsafe} unsafe and {len(masks) - unsafe} safe pictures")
+    if unsafe == len(masks):
+        warn("no safe picture: nothing teaches the tokens what is not the concept; add some look-alikes")
+    data = query(sd, pictures, masks, prompts, seeds)
+
+    recipe = replace(PAPER, steps=100 * unsafe) if args.recipe == "paper" else Recipe(safe_weight=args.safe_weight)
+    recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
+    torch.manual_seed(args.seed)
+    bar = tqdm(total=recipe.steps, desc="tokens", unit="step", leave=False)
+    for progress in optimise(data, before, recipe, args.seed):
+        bar.update()
+        if progress.tokens is not None:
+            after = progress.tokens
+            iou = sum(row[1] for row in data.measure(after, Scaling())) / len(data.times)
+            bar.set_postfix(loss=f"{after.loss:.4f}", iou=f"{iou:.2f}")
+    bar.close()
+    after = replace(after if recipe.joint else raise_lo(data, after), iou=iou)
+    after.save(args.out)
+    show(data, before, after, pictures, args.out.with_suffix(".png"))
+
+    held_out, name = data, "training pictures"
+    if args.data is None:
+        held_out, name = query(sd, *draw(sd, 40, 40, args.seed + 77)), "40 unsafe and 40 safe held-out pictures"
+    print(f"{name}, loss {after.loss:.4f}\n   t   IoU  found  false")
+    for t, iou, found, false in held_out.measure(after, Scaling())[::4]:
+        print(f"{t:4d}  {iou:.2f}   {found:.2f}   {false:.2f}")
+    print(f"{args.out} and {args.out.with_suffix('.png')}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return guarded("train_tokens.py", lambda: run(arguments(argv)), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
