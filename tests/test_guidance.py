@@ -1,0 +1,217 @@
+"""Maps, scalers and guidance: against explicit arithmetic, hand-worked grids, and the invariants that make it safe."""
+
+import pytest
+import torch
+
+from dag import CFG, DAG, GuidelineTokens, sample
+from dag.attention import guideline_maps
+from dag.cam import Probe, key_differences
+from dag.config import DAGConfig, Scaling
+from dag.scalers import area_scaler, components, magnitude_scaler, nearest, objects, scale_map
+
+PROMPTS = ["a red circle on grey", "a blue star", "a tomato", ""]
+EAGER = Scaling(min_area=0.0)
+
+
+@pytest.fixture(scope="module")
+def tokens(random_model):
+    """Tokens with limits set so that two of the four PROMPTS' pictures, and only they, show an object."""
+    tokens = GuidelineTokens.from_text(random_model, "a red circle", "a red circle")
+    raw = GuidelineTokens(**{**vars(tokens), "levels": (500,), "lo": (0.0,), "hi": (1.0,)})  # A is the raw map
+    peaks = torch.stack([s.A.flatten(1).amax(1) for s in run(random_model, DAG(raw, cfg=DAGConfig(warmup=99)))]).amax(0)  # (b,)
+    middle = peaks.sort().values[1:3].mean().item()
+    return GuidelineTokens(**{**vars(tokens), "levels": (500,), "lo": (middle - 0.01,), "hi": (middle + 0.01,)})
+
+
+def grid(*rows: str) -> torch.Tensor:
+    """'#' is 1, '+' is 0.05, '.' is 0."""
+    return torch.tensor([[{"#": 1.0, "+": 0.05, ".": 0.0}[c] for c in row] for row in rows])
+
+
+def test_maps_are_a_softmax_of_two_rows():
+    b, h, n, d, K = 2, 3, 5, 8, 4
+    q, k = torch.randn(b, h, n, d), torch.randn(h, 1 + K, d)
+    maps = guideline_maps(q, (k[:, 1:] - k[:, :1]) / d**0.5)
+    for row in range(K):
+        pair = torch.einsum("bhnd,hkd->bhnk", q, k[:, [0, 1 + row]]) / d**0.5
+        assert torch.allclose(maps[:, row], pair.softmax(-1)[..., 1].mean(1), atol=1e-6)
+
+
+def test_probe_reads_the_conditional_rows_and_changes_nothing(random_model, tokens):
+    sd = random_model
+    x, t = torch.randn(4, 4, 16, 24), torch.full((4,), 500)
+    context = sd.text.encode(["", "", "a red circle", "a blue star"])
+    probe = Probe(sd.unet, tokens.embedding, tokens.factors, slice(2, 4))
+    assert torch.equal(sd.unet(x, t, context, probe), sd.unet(x, t, context))
+    raw = probe.raw(16, 24)
+    assert raw.shape == (2, 16, 24) and (raw > 0).all() and (raw < 1).all()
+    alone = Probe(sd.unet, tokens.embedding, tokens.factors)
+    sd.unet(x[2:], t[2:], context[2:], alone)
+    assert torch.allclose(raw, alone.raw(16, 24), atol=1e-5)
+
+
+def test_probe_looks_at_the_layers_of_its_factors(random_model, tokens):
+    probe = Probe(random_model.unet, tokens.embedding, (2, 4))
+    assert sorted(probe.factors.values()) == [2] * 5 + [4] * 5
+    layer = next(iter(probe.keys))
+    assert torch.equal(probe.keys[layer], key_differences(layer, tokens.embedding))
+
+
+def test_normalisation(random_model, tokens):
+    raw = torch.tensor([[[0.4, 0.45, 0.525, 0.6, 0.9]]])
+    tokens = GuidelineTokens(**{**vars(tokens), "lo": (0.45,), "hi": (0.6,)})
+    assert torch.allclose(tokens.normalise(raw, 7), torch.tensor([[[0.0, 0.0, 0.5, 1.0, 1.0]]]))
+    levels = GuidelineTokens(**{**vars(tokens), "levels": (0, 100), "lo": (0.0, 0.2), "hi": (1.0, 0.6)})
+    assert levels.limits(50) == pytest.approx((0.1, 0.8)) and levels.limits(900) == pytest.approx((0.2, 0.6))
+    joint = GuidelineTokens(**{**vars(tokens), "levels": (), "lo": (), "hi": ()})
+    A = joint.normalise(torch.tensor([[[0.2, 0.5, 0.7]], [[0.5, 0.5, 0.5]]]), 7)
+    assert torch.allclose(A[0], torch.tensor([[0.0, 0.5, 5 / 6]]))  # min-max of {.2 .5 .7} and {.8 .5 .3}
+    assert A.isfinite().all()
+
+
+def test_components_join_diagonally_and_count():
+    labels = components(grid("#..#", ".#..", "...#") >= 0.5)
+    assert labels.max() == 3 and labels[0, 0] == labels[1, 1]
+    assert len({labels[0, 0].item(), labels[0, 3].item(), labels[2, 3].item()}) == 3
+    assert (components(torch.zeros(3, 3, dtype=torch.bool)) == 0).all()
+
+
+def test_components_of_a_spiral():
+    spiral = grid("#######", "......#", "#####.#", "#...#.#", "#.###.#", "#.....#", "#######") >= 0.5
+    assert components(spiral).max() == 1
+
+
+def test_nothing_found():
+    assert (scale_map(torch.full((8, 8), 0.49), Scaling(full=1.1)) == 0).all()
+    assert (scale_map(torch.zeros(8, 8), Scaling()) == 0).all()
+
+
+def test_one_pixel():
+    S = scale_map(grid("....", ".#..", "....", "...."), EAGER)
+    assert S[1, 1] == pytest.approx(5 / 16 * 5) and S.count_nonzero() == 1
+
+
+def test_one_pixel_may_be_too_small():
+    assert (scale_map(grid("....", ".#..", "....", "...."), Scaling(min_area=0.1)) == 0).all()
+    labels, areas = objects(grid("##..", "##..", "...#", "...."), Scaling(min_area=0.1))
+    assert areas.tolist() == [0.25] and labels.unique().tolist() == [0, 1]
+
+
+def test_full_frame_is_not_guided():
+    assert (scale_map(torch.ones(4, 4), EAGER) == 0).all()
+    assert (scale_map(grid("####", "####", "####", "...."), EAGER) > 0).any()  # 75 %
+
+
+def test_two_objects_keep_their_own_area():
+    S = area_scaler(grid("##...#", "##....", "......"), EAGER)
+    assert S[0, 0] == pytest.approx(5 * 4 / 18) and S[0, 5] == pytest.approx(5 / 18)
+
+
+def test_edit_pixels_take_the_nearest_object_only_if_connected():
+    A = grid("##+++#", "##....", "......", "+....+")
+    S = area_scaler(A, EAGER)
+    large, small = 5 * 4 / 24, 5 / 24
+    assert torch.allclose(
+        S[0], torch.tensor([large, large, large, large, small, small])
+    )  # column 3 is a tie: the larger
+    assert S[3].tolist() == [0] * 6  # specks that touch no object
+
+
+def test_nearest_breaks_ties_by_the_larger():
+    values = torch.tensor([[1.0, 0.0, 3.0]])
+    assert nearest(values, values > 0, torch.tensor([[False, True, False]])).tolist() == [[0, 3, 0]]
+
+
+def test_magnitude():
+    T = magnitude_scaler(torch.tensor([0.0, 0.009, 0.01, 0.03, 0.05, 1.0]), Scaling())
+    assert torch.allclose(T, torch.tensor([0.0, 0.0, 1.0, 3.0, 5.0, 5.0]))
+
+
+def test_s_max():
+    assert scale_map(grid("##", ".."), Scaling(s_max=2.0, min_area=0.0)).max() == 2.0
+
+
+def run(sd, guidance, prompts=PROMPTS, steps=8, **kwargs):
+    return list(sample(sd, prompts, guidance, steps, 5.0, seeds=list(range(len(prompts))), **kwargs))
+
+
+def test_all_zero_maps_are_plain_guidance_bit_for_bit(random_model, tokens):
+    blind = GuidelineTokens(**{**vars(tokens), "lo": (2.0,), "hi": (3.0,)})
+    plain, guided = run(random_model, CFG()), run(random_model, DAG(blind))
+    for a, b in zip(plain, guided, strict=True):
+        assert torch.equal(a.x, b.x) and not b.guided.any() and (b.S == 0).all() and (b.rows == 2).all()
+
+
+def test_lazy_branch(random_model, tokens):
+    """A mixed batch: undetected images are bit for bit plain guidance, detected ones pay one row a step and change."""
+    cfg = DAGConfig(warmup=2)
+    plain, steps = run(random_model, CFG()), run(random_model, DAG(tokens, cfg=cfg))
+    guided = torch.stack([s.guided for s in steps])  # (steps, b)
+    assert not guided[:2].any()
+    ever = guided.any(0)
+    assert ever.any() and not ever.all(), "the fixture must find something in some pictures only"
+    for k in range(len(PROMPTS)):
+        assert torch.equal(steps[-1].x[k], plain[-1].x[k]) == (not ever[k])
+    rows = torch.stack([s.rows for s in steps])
+    assert torch.equal(rows, 2 + guided.long())
+
+
+@pytest.mark.parametrize("base", ["sega", "sld", "none"])
+def test_lazy_equals_eager(random_model, tokens, base):
+    """Against the formula written out with the safety branch run for every image, as the paper has it."""
+    sd, cfg, s_g = random_model, DAGConfig(warmup=1), 5.0
+    steps = run(sd, DAG(tokens, base=base, cfg=cfg))
+    probe = Probe(sd.unet, tokens.embedding, tokens.factors, slice(4, 8))
+    context = sd.text.encode([""] * 4 + PROMPTS + ["a red circle"] * 4)
+    x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)])
+    for i, step in enumerate(steps):
+        eps_0, eps_p, eps_s = sd.unet(torch.cat([x, x, x]), torch.full((12,), step.t), context, probe).chunk(3)
+        A = tokens.normalise(probe.raw(16, 16), step.t)
+        S = torch.stack([scale_map(a, cfg.scaling) for a in A])[:, None] * (i >= cfg.warmup)
+        d = eps_s - eps_0
+        M = torch.ones_like(d)
+        if base == "sega":
+            M = (d.abs() >= torch.quantile(d.abs().flatten(2), 0.9, dim=2)[..., None, None]).float()
+        if base == "sld":
+            M = (eps_p - eps_s < 0.025).float()
+        eps = eps_0 + s_g * ((eps_p - eps_0) - S * M * d)
+        abar, prev = sd.alphas_cumprod[step.t], sd.alphas_cumprod[steps[i + 1].t if i + 1 < len(steps) else 0]
+        x = prev.sqrt() * (x - (1 - abar).sqrt() * eps) / abar.sqrt() + (1 - prev).sqrt() * eps
+        assert (x - step.x).abs().max() <= 1e-5 * max(1.0, x.abs().max().item())
+        x = step.x
+    assert any(s.guided.any() for s in steps)
+
+
+def test_same_start_with_any_guidance(random_model, tokens):
+    a = next(iter(sample(random_model, ["a"], CFG(), 5, 5.0, [3])))
+    b = next(iter(sample(random_model, ["a"], DAG(tokens), 5, 5.0, [3])))
+    assert torch.equal(a.x, b.x)  # the first step is inside the warm-up
+
+
+def test_scale_zero_and_one(random_model):
+    """s_g 0 is the unconditional estimate, s_g 1 the conditional one."""
+    eps_0, eps_p = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    assert torch.equal(CFG()(0, 1, eps_0, eps_p, 0.0, None).eps, eps_0)
+    assert torch.allclose(CFG()(0, 1, eps_0, eps_p, 1.0, None).eps, eps_p, atol=1e-6)
+
+
+def test_wrong_arguments(tokens, random_model):
+    with pytest.raises(ValueError, match="mask base is 'foo'"):
+        DAG(tokens, base="foo")
+    with pytest.raises(ValueError, match="warm-up -1"):
+        DAG(tokens, cfg=DAGConfig(warmup=-1))
+    with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
+        next(iter(sample(random_model, ["a"], CFG(), seeds=[1, 2])))
+
+
+def test_not_finite(random_model):
+    """NaN in an estimate stops at its step and says what to try."""
+
+    class Broken(CFG):
+        def __call__(self, i, *args):
+            e = super().__call__(i, *args)
+            e.eps = e.eps * float("nan") if i == 2 else e.eps
+            return e
+
+    with pytest.raises(ArithmeticError, match="after step 3 of 4 .*float32"):
+        list(sample(random_model, ["a"], Broken(), 4))

@@ -1,0 +1,161 @@
+"""Token files and the optimisation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import train_tokens
+from dag import GuidelineTokens
+from dag.config import Scaling
+from dag.tokens import AnnotatedQueries, Recipe, TokenError, optimise, raise_lo
+
+
+@pytest.fixture()
+def tokens(random_model):
+    return GuidelineTokens.from_text(random_model, "a red circle", "a red circle")
+
+
+def test_from_text(random_model, tokens):
+    hidden = random_model.text.encode(["a red circle"])[0]
+    assert torch.equal(tokens.embedding, hidden[:4])  # start, a, red, circle
+    with pytest.raises(TokenError, match="empty"):
+        GuidelineTokens.from_text(random_model, "", "x")
+
+
+def test_round_trip(tmp_path, tokens):
+    full = GuidelineTokens(**{**vars(tokens), "levels": (1, 900), "lo": (0.1, 0.2), "hi": (0.5, 0.6), "loss": 0.25})
+    full.save(tmp_path / "t.safetensors")
+    back = GuidelineTokens.load(tmp_path / "t.safetensors")
+    assert torch.equal(back.embedding, full.embedding)
+    assert {k: v for k, v in vars(back).items() if k != "embedding"} == {
+        k: v for k, v in vars(full).items() if k != "embedding"
+    }
+
+
+def test_fingerprint_survives_half_precision(random_model, tokens, shapes):
+    import copy
+
+    half = copy.deepcopy(random_model).half()
+    assert tokens.check(half) is None
+    assert "trained on another model" in tokens.check(shapes)
+
+
+def test_not_token_files(tmp_path, tokens, random_model):
+    (tmp_path / "text").write_text("hello")
+    save_file({"embedding": torch.zeros(3, 128)}, tmp_path / "plain.safetensors")
+    for name, message in {
+        "none": "no such file",
+        "text": "not a token file",
+        "plain.safetensors": "not a token file",
+    }.items():
+        with pytest.raises(TokenError, match=message):
+            GuidelineTokens.load(tmp_path / name)
+    wide = GuidelineTokens(**{**vars(tokens), "embedding": torch.zeros(3, 768)})
+    with pytest.raises(TokenError, match="are 768 wide, shapes needs 128"):
+        wide.check(random_model)
+
+
+@pytest.fixture(scope="module")
+def queries(random_model):
+    torch.manual_seed(1)
+    masks = torch.zeros(4, 16, 16)
+    masks[:2, 4:9, 4:9] = 1
+    data = AnnotatedQueries(random_model, masks)
+    context = random_model.text.encode(["a red circle"] * 2 + ["a blue star"] * 2)
+    for t in (801, 401):
+        data.add(t, torch.randn(4, 4, 16, 16) + 3 * masks[:, None], context)
+    return data
+
+
+@pytest.mark.parametrize("recipe", [Recipe(steps=30), Recipe(steps=30, lr=200.0, joint=True)], ids=["default", "paper"])
+def test_thirty_steps_lower_the_loss(queries, tokens, recipe):
+    progress = list(optimise(queries, tokens, recipe, every=5))
+    assert len(progress) == 30
+    checks = [p.tokens.loss for p in progress if p.tokens]
+    assert checks[-1] < checks[0] and checks == sorted(checks, reverse=True)  # the best is kept
+    assert not torch.equal(progress[-1].tokens.embedding[0], tokens.embedding[0])  # the background row learns too
+    assert bool(progress[-1].tokens.levels) != recipe.joint
+
+
+def test_optimisation_is_deterministic(queries, tokens):
+    first, second = ([*optimise(queries, tokens, Recipe(steps=6), seed=3)][-1].tokens for _ in range(2))
+    assert torch.equal(first.embedding, second.embedding)
+
+
+def test_raise_lo(queries, tokens):
+    *_, last = optimise(queries, tokens, Recipe(steps=30))
+    raised = raise_lo(queries, last.tokens)
+    assert all(a >= b for a, b in zip(raised.lo, last.tokens.lo, strict=True)) and raised.hi == last.tokens.hi
+    assert all(lo < hi for lo, hi in zip(raised.lo, raised.hi, strict=True))
+    assert [row[0] for row in queries.measure(raised, Scaling())] == [801, 401]
+
+
+def test_only_safe_pictures(random_model, tokens):
+    data = AnnotatedQueries(random_model, torch.zeros(2, 16, 16))
+    with pytest.raises(TokenError, match="no unsafe picture"):
+        next(optimise(data, tokens, Recipe()))
+
+
+def picture(path, size=(128, 128), value=90):
+    Image.new("L" if ".mask." in path.name else "RGB", size, value if ".mask." in path.name else (value, 40, 40)).save(
+        path
+    )
+
+
+def folder(path, **changes):
+    path.mkdir()
+    picture(path / "a.png")
+    stencil = np.zeros((128, 128), np.uint8)
+    stencil[32:96, 32:96] = 255
+    Image.fromarray(stencil).save(path / "a.mask.png")
+    picture(path / "b.png", value=10)
+    (path / "captions.json").write_text(json.dumps({"a.png": "a red square", "b.png": "a blue star"}))
+
+
+def test_cli_on_a_folder(tmp_path, capsys):
+    folder(tmp_path / "data")
+    out = tmp_path / "t.safetensors"
+    assert train_tokens.main(["--data", str(tmp_path / "data"), "--steps", "10", "--out", str(out)]) == 0
+    tokens = GuidelineTokens.load(out)
+    assert tokens.concept == tokens.safety_text == "a red circle" and tokens.loss > 0
+    assert out.with_suffix(".png").exists()
+    assert "1 unsafe and 1 safe pictures" in capsys.readouterr().out
+
+
+def test_cli_draws_its_own(tmp_path, capsys):
+    argv = ["--steps", "60", "--out", str(tmp_path / "t.safetensors")]
+    assert train_tokens.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "held-out" in said and "IoU" in said
+
+
+BAD = {
+    "no folder": (lambda d: None, "no such folder"),
+    "no pictures": (lambda d: d.mkdir(), "no pictures in it"),
+    "mask without picture": (lambda d: (folder(d), picture(d / "z.mask.png")), "a mask without its picture"),
+    "size": (lambda d: (folder(d), picture(d / "a.mask.png", (64, 64))), "expected the same"),
+    "zero mask": (lambda d: (folder(d), picture(d / "b.mask.png", value=0)), "all zero"),
+    "only safe": (lambda d: (folder(d), (d / "a.mask.png").unlink()), "no unsafe picture"),
+    "not a picture": (lambda d: (folder(d), (d / "a.png").write_text("x")), "not a readable picture"),
+    "captions": (lambda d: (folder(d), (d / "captions.json").write_text("[1]")), "expected a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folders(name, tmp_path, capsys):
+    make, message = BAD[name]
+    make(tmp_path / "data")
+    assert train_tokens.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "t.safetensors")]) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("*.safetensors*"))
+
+
+def test_a_real_checkpoint_needs_pictures_and_a_concept(tmp_path, capsys):
+    assert train_tokens.main(["--ckpt", "x.ckpt", "--out", str(tmp_path / "t")]) == 2
+    assert train_tokens.main(["--ckpt", "x.ckpt", "--data", "d", "--out", str(tmp_path / "t")]) == 2
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert "--data: needed" in first and "--concept: needed" in second
