@@ -18,7 +18,9 @@ def tokens(random_model):
     """Tokens with limits set so that two of the four PROMPTS' pictures, and only they, show an object."""
     tokens = GuidelineTokens.from_text(random_model, "a red circle", "a red circle")
     raw = GuidelineTokens(**{**vars(tokens), "levels": (500,), "lo": (0.0,), "hi": (1.0,)})  # A is the raw map
-    peaks = torch.stack([s.A.flatten(1).amax(1) for s in run(random_model, DAG(raw, cfg=DAGConfig(warmup=99)))]).amax(0)  # (b,)
+    peaks = torch.stack([s.A.flatten(1).amax(1) for s in run(random_model, DAG(raw, cfg=DAGConfig(warmup=99)))]).amax(
+        0
+    )  # (b,)
     middle = peaks.sort().values[1:3].mean().item()
     return GuidelineTokens(**{**vars(tokens), "levels": (500,), "lo": (middle - 0.01,), "hi": (middle + 0.01,)})
 
