@@ -13,9 +13,8 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 
@@ -175,97 +174,13 @@ def tokens_for(args: argparse.Namespace, sd):
     return dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text)
 
 
-@dataclass
-class Drawing:
-    """One picture by one method, and what happened on the way."""
-
-    prompt: str
-    seed: int
-    method: str
-    image: object
-    seconds: float
-    rows: int  # sent through the UNet
-    maps: object | None  # (steps, H, W), A of every step; None for methods without maps
-    strength: object | None  # (steps,) largest S of every step
-    guided: list[bool]  # per step
-
-    def findings(self, cfg) -> dict:
-        """The report's account of detection; cfg is the model's DAGConfig."""
-        from dag.scalers import objects
-
-        if self.maps is None:
-            return {"detected": False, "map_max": None, "steps_guided": 0, "scale_max": None, "not_guided_reason": None}
-        late = self.maps[cfg.warmup :]
-        areas = [objects(A, cfg.scaling)[1].sum().item() for A in late]
-        steps, reason = sum(self.guided), None
-        if len(late) == 0:
-            reason = "warm-up"
-        elif steps == 0:
-            reason = "fills the frame" if any(areas) else "nothing found"
-        return {
-            "detected": any(areas),
-            "map_max": round(late.max().item(), 4) if len(late) else None,
-            "steps_guided": steps,
-            "scale_max": round(self.strength[cfg.warmup :].max().item(), 3) if len(late) else None,
-            "not_guided_reason": reason,
-        }
-
-    def shown_map(self, cfg):
-        """A at the step after warm-up where it was largest, (H, W)."""
-        late = self.maps[min(cfg.warmup, len(self.maps) - 1) :]
-        return late[late.sum((1, 2)).argmax()]
-
-    def words(self, concept: str, cfg) -> str:
-        """One line for a person: what was found, where, how long it was guided and what that cost."""
-        found = self.findings(cfg)
-        plain = 2 * len(self.guided)
-        what = f"'{self.prompt}' (seed {self.seed}), {self.method}: "
-        if found["steps_guided"] == 0:
-            return what + f"{found['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
-        A = self.shown_map(cfg)
-        y, x = (A >= cfg.scaling.unsafe).nonzero().float().mean(0).tolist()
-        row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
-        place = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
-        share = (A >= cfg.scaling.unsafe).float().mean().item()
-        return what + (
-            f"found {concept} at the {place} ({share:.0%} of the frame), guided on {found['steps_guided']} of "
-            f"{len(self.guided)} steps, {self.rows} UNet rows instead of {plain}"
-        )
-
-
-def draw(sd, jobs: list[tuple[str, int]], method: str, guidance, args, scale: float, size: tuple[int, int], title: str):
-    """Draw one batch of (prompt, seed) with one method."""
-    import torch
-    from tqdm import tqdm
-
-    import dag
-    from dag.pictures import to_pil
-
-    began, history = time.time(), []
-    loop = dag.sample(sd, [p for p, _ in jobs], guidance, args.steps, scale, [s for _, s in jobs], *size)
-    for step in tqdm(loop, title, args.steps, unit="step", leave=False):
-        history.append(step)
-    images = [
-        image for x in step.x for image in to_pil(sd.decode(x[None]))
-    ]  # one by one: decoding takes the most memory
-    rows = torch.stack([s.rows for s in history]).sum(0).tolist()  # (b,)
-    guided = torch.stack([s.guided for s in history], 1).tolist()  # (b, steps)
-    maps = strength = [None] * len(jobs)
-    if step.A is not None:
-        maps = torch.stack([s.A for s in history], 1).cpu()  # (b, steps, H, W)
-        strength = torch.stack([s.S.flatten(1).amax(1) for s in history], 1).cpu()  # (b, steps)
-    seconds = (time.time() - began) / len(jobs)
-    return [
-        Drawing(prompt, seed, method, images[k], seconds, rows[k], maps[k], strength[k], guided[k])
-        for k, (prompt, seed) in enumerate(jobs)
-    ]
-
-
 def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     writable(args.out)
 
-    from dag import pictures
+    from tqdm import tqdm
+
+    from dag import drawing, pictures
 
     sd, device, dtype = open_model(args)
     cfg = sd.config
@@ -296,9 +211,10 @@ def run(args: argparse.Namespace) -> int:
             part = jobs[start : start + batch]
             columns = []
             for method in methods:
-                title = f"{method}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
                 guidance = guidance_of(method, sd, tokens, args.safety_text)
-                columns.append(draw(sd, part, method, guidance, args, scale, size, title))
+                title = f"{method}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
+                bar = partial(tqdm, desc=title, total=args.steps, unit="step", leave=False)
+                columns.append(drawing.draw(sd, part, method, guidance, args.steps, scale, size, bar))
             for k, row in enumerate(zip(*columns, strict=True)):
                 report += [save(d, start + k, args, settings, cfg.dag, len(methods) > 1) for d in row]
                 rows.append(row)
@@ -307,19 +223,19 @@ def run(args: argparse.Namespace) -> int:
         print(f"\ninterrupted: {done}", file=sys.stderr)
         status = 130
     if rows:
-        pictures.save_png(sheet(rows, cfg.dag), args.out / "contact.png")
+        pictures.save_png(drawing.sheet(rows, cfg.dag), args.out / "contact.png")
     content = json.dumps({"settings": settings, "pictures": report}, indent=1, ensure_ascii=False)
     temporary = args.out / "report.json.tmp"
     temporary.write_text(content + "\n", encoding="utf-8")
     os.replace(temporary, args.out / "report.json")
     if status == 0:
-        for drawing in (d for row in rows for d in row if d.maps is not None):
-            print(drawing.words(tokens.concept, cfg.dag))
+        for found in (d for row in rows for d in row if d.maps is not None):
+            print(found.words(tokens.concept, cfg.dag))
         print(f"{len(report)} pictures, {args.out / 'contact.png'} and {args.out / 'report.json'}")
     return status
 
 
-def save(drawing: Drawing, number: int, args: argparse.Namespace, settings: dict, cfg, several: bool) -> dict:
+def save(drawing, number: int, args: argparse.Namespace, settings: dict, cfg, several: bool) -> dict:
     """Write a picture, and its maps if asked for; returns its entry of the report."""
     import numpy as np
 
@@ -335,26 +251,6 @@ def save(drawing: Drawing, number: int, args: argparse.Namespace, settings: dict
         os.replace(args.out / f"{name}-maps.npy.tmp", args.out / f"{name}-maps.npy")
         save_png(strip(drawing.maps), args.out / f"{name}-maps.png")
     return entry
-
-
-def sheet(rows: list[tuple[Drawing, ...]], cfg):
-    """The contact sheet: one row a picture and one column a method, the map before its method, over the first column's
-    picture; with one method and no maps, four pictures a row."""
-    from dag.pictures import contact_sheet, overlay
-
-    if len(rows[0]) == 1 and rows[0][0].maps is None:
-        flat = [d for (d,) in rows]
-        parts = [flat[k : k + 4] for k in range(0, len(flat), 4)]
-        return contact_sheet([(" | ".join(d.prompt for d in part), [d.image for d in part]) for part in parts], [])
-    heads = [head for d in rows[0] for head in ([] if d.maps is None else ["map"]) + [d.method]]
-    table = []
-    for row in rows:
-        cells = []
-        for d in row:
-            cells += [] if d.maps is None else [overlay(row[0].image, d.shown_map(cfg))]
-            cells.append(d.image)
-        table.append((row[0].prompt, cells))
-    return contact_sheet(table, heads)
 
 
 def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int:

@@ -253,7 +253,7 @@ def train_text_unet(steps: int) -> None:
         t = torch.randint(0, len(weights), (32,))
         noise = torch.randn_like(x0)
         x = ddim.add_noise(x0, noise, alphas_cumprod[t])
-        # bfloat16 and plain attention, whose backward is faster at this size: 56 pictures a second on two cores, else 50
+        # bfloat16 and plain attention, whose backward is faster at this size: 56 pictures a second, else 50
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             eps = unet(x, t, text(text.tokenize(captions)))
         return (weights[t] * (eps - noise).square().mean((1, 2, 3))).mean()

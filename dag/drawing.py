@@ -1,0 +1,121 @@
+"""Drawings: a picture, how it came about, and what is said of it. What sample.py shows, without its files and flags."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import DAGConfig
+from .guidance import CFG
+from .model import StableDiffusion
+from .pictures import contact_sheet, overlay, to_pil
+from .sampling import Step, sample
+from .scalers import objects
+
+
+@dataclass
+class Drawing:
+    """One picture by one method, and what happened on the way."""
+
+    prompt: str
+    seed: int
+    method: str
+    image: Image.Image
+    seconds: float
+    rows: int  # sent through the UNet
+    maps: Tensor | None  # (steps, H, W), A of every step; None for methods without maps
+    strength: Tensor | None  # (steps,) largest S of every step
+    guided: list[bool]  # per step
+
+    def findings(self, cfg: DAGConfig) -> dict:
+        """The report's account of detection."""
+        if self.maps is None:
+            return {"detected": False, "map_max": None, "steps_guided": 0, "scale_max": None, "not_guided_reason": None}
+        late = self.maps[cfg.warmup :]
+        areas = [objects(A, cfg.scaling)[1].sum().item() for A in late]
+        steps, reason = sum(self.guided), None
+        if len(late) == 0:
+            reason = "warm-up"
+        elif steps == 0:
+            reason = "fills the frame" if any(areas) else "nothing found"
+        return {
+            "detected": any(areas),
+            "map_max": round(late.max().item(), 4) if len(late) else None,
+            "steps_guided": steps,
+            "scale_max": round(self.strength[cfg.warmup :].max().item(), 3) if len(late) else None,
+            "not_guided_reason": reason,
+        }
+
+    def shown_map(self, cfg: DAGConfig) -> Tensor:
+        """A at the step after warm-up where it was largest, (H, W)."""
+        late = self.maps[min(cfg.warmup, len(self.maps) - 1) :]
+        return late[late.sum((1, 2)).argmax()]
+
+    def words(self, concept: str, cfg: DAGConfig) -> str:
+        """One line for a person: what was found, where, how long it was guided and what that cost."""
+        found = self.findings(cfg)
+        plain = 2 * len(self.guided)
+        what = f"'{self.prompt}' (seed {self.seed}), {self.method}: "
+        if found["steps_guided"] == 0:
+            return what + f"{found['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
+        A = self.shown_map(cfg)
+        y, x = (A >= cfg.scaling.unsafe).nonzero().float().mean(0).tolist()
+        row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
+        place = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
+        share = (A >= cfg.scaling.unsafe).float().mean().item()
+        return what + (
+            f"found {concept} at the {place} ({share:.0%} of the frame), guided on {found['steps_guided']} of "
+            f"{len(self.guided)} steps, {self.rows} UNet rows instead of {plain}"
+        )
+
+
+def draw(
+    sd: StableDiffusion,
+    jobs: list[tuple[str, int]],
+    method: str,
+    guidance: CFG,
+    steps: int,
+    scale: float,
+    size: tuple[int, int],
+    progress: Callable[[Iterator[Step]], Iterator[Step]] = iter,
+) -> list[Drawing]:
+    """Draw one batch of (prompt, seed), size (height, width), with one method; `progress` wraps the loop."""
+    began = time.time()
+    loop = sample(sd, [p for p, _ in jobs], guidance, steps, scale, [s for _, s in jobs], *size)
+    history = list(progress(loop))
+    last = history[-1]
+    images = [to_pil(sd.decode(x[None]))[0] for x in last.x]  # one by one: decoding takes the most memory
+    rows = torch.stack([s.rows for s in history]).sum(0).tolist()  # (b,)
+    guided = torch.stack([s.guided for s in history], 1).tolist()  # (b, steps)
+    maps = strength = [None] * len(jobs)
+    if last.A is not None:
+        maps = torch.stack([s.A for s in history], 1).cpu()  # (b, steps, H, W)
+        strength = torch.stack([s.S.flatten(1).amax(1) for s in history], 1).cpu()  # (b, steps)
+    seconds = (time.time() - began) / len(jobs)
+    return [
+        Drawing(prompt, seed, method, images[k], seconds, rows[k], maps[k], strength[k], guided[k])
+        for k, (prompt, seed) in enumerate(jobs)
+    ]
+
+
+def sheet(rows: list[tuple[Drawing, ...]], cfg: DAGConfig) -> Image.Image:
+    """The contact sheet: a row a picture, a column a method; before a method with maps, its map over the first column.
+
+    With a single method without maps, four pictures a row.
+    """
+    if len(rows[0]) == 1 and rows[0][0].maps is None:
+        flat = [d for (d,) in rows]
+        parts = [flat[k : k + 4] for k in range(0, len(flat), 4)]
+        return contact_sheet([(" | ".join(d.prompt for d in part), [d.image for d in part]) for part in parts], [])
+    heads = [head for d in rows[0] for head in ([] if d.maps is None else ["map"]) + [d.method]]
+    table = []
+    for row in rows:
+        cells = []
+        for d in row:
+            cells += [] if d.maps is None else [overlay(row[0].image, d.shown_map(cfg))]
+            cells.append(d.image)
+        table.append((row[0].prompt, cells))
+    return contact_sheet(table, heads)
