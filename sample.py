@@ -49,6 +49,7 @@ def side(text: str) -> int:
     return value
 
 
+SHEET = 64  # rows of the contact sheet at most
 METHODS = ("none", "dag", "dag-sld")
 
 
@@ -84,7 +85,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of the networks (default: float16 on cuda, else float32)",
     )
     add("--guidance", type=methods_of, metavar="LIST", help=f"one column each: {', '.join(METHODS)} (default: dag)")
-    add("--tokens", type=Path, metavar="FILE", help="guideline tokens of the unsafe concept (train_tokens.py)")
+    add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
     add("--safety-text", metavar="TEXT", help="what guidance pushes away from (default: the token file's)")
     add("--save-maps", action="store_true", help="also write A of every step, as .npy and as a picture")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the results go (default: out)")
@@ -153,25 +154,26 @@ def guidance_of(name: str, sd, tokens, safety_text: str | None):
 
     if name == "none":
         return dag.CFG()
-    return dag.DAG(tokens, safety_text, base="sld" if name == "dag-sld" else "sega", cfg=sd.config.dag)
+    return dag.DAG(*tokens, safety_text=safety_text, base="sld" if name == "dag-sld" else "sega", cfg=sd.config.dag)
 
 
 def tokens_for(args: argparse.Namespace, sd):
-    """The guideline tokens: a file's, or the miniature's own, or the plain text's with a warning."""
+    """The guideline tokens: the files', or the miniature's own, or the plain text's with a warning."""
     import dag
     from dag.model import MINIATURE
 
-    own = MINIATURE.with_name("red-circle.safetensors")
-    if args.tokens is not None or (args.ckpt is None and own.exists()):
-        tokens = dag.GuidelineTokens.load(args.tokens or own)
-        if message := tokens.check(sd):
+    files = args.tokens or ([MINIATURE.with_name("red-circle.safetensors")] if args.ckpt is None else [])
+    tokens = [dag.GuidelineTokens.load(file) for file in files]
+    for concept in tokens:
+        if message := concept.check(sd):
             warn(message)
+    if tokens:
         return tokens
     warn(
         f"tokens of '{sd.config.concept}' that were not optimised detect poorly; make some: `python train_tokens.py "
         f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --out FILE` and pass --tokens FILE"
     )
-    return dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text)
+    return [dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -186,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
     cfg = sd.config
     if args.debug:
         print(f"{cfg.name}, ignored in the checkpoint: {', '.join(sd.ignored) or 'nothing'}")
-    methods = args.guidance or (["dag"] if prompts else ["none", "dag"])
+    methods = args.guidance or (["none", "dag"] if args.ckpt is None and prompts is None else ["dag"])
     prompts = list(cfg.prompts) if prompts is None else prompts
     scale = cfg.scale if args.scale is None else args.scale
     size = args.height or cfg.size, args.width or cfg.size
@@ -195,13 +197,13 @@ def run(args: argparse.Namespace) -> int:
             warn(f"prompt longer than {cfg.text.max_length} tokens, dropped: '{dropped}'")
         if unknown := sd.text.unknown(prompt):
             warn(f"{cfg.name} was not taught: {', '.join(unknown)}; it knows {', '.join(sd.text.words())}")
-    tokens = tokens_for(args, sd) if methods != ["none"] else None
+    tokens = tokens_for(args, sd) if methods != ["none"] else []
     if tokens and args.steps <= cfg.dag.warmup:
         warn(f"--steps {args.steps} is not more than the warm-up of {cfg.dag.warmup} steps: nothing will be guided")
 
     settings = {
         "model": str(args.ckpt or cfg.name), "steps": args.steps, "scale": scale, "height": size[0], "width": size[1],
-        "device": device, "dtype": dtype,
+        "device": device, "dtype": dtype, "tokens": [c.concept for c in tokens], "safety_text": args.safety_text,
     }  # fmt: skip
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n_images)]
     batch = max(1, 4 * 512 * 512 // (size[0] * size[1]))  # pictures drawn side by side
@@ -223,14 +225,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"\ninterrupted: {done}", file=sys.stderr)
         status = 130
     if rows:
-        pictures.save_png(drawing.sheet(rows, cfg.dag), args.out / "contact.png")
+        pictures.save_png(drawing.sheet(rows[:SHEET], cfg.dag), args.out / "contact.png")
     content = json.dumps({"settings": settings, "pictures": report}, indent=1, ensure_ascii=False)
     temporary = args.out / "report.json.tmp"
     temporary.write_text(content + "\n", encoding="utf-8")
     os.replace(temporary, args.out / "report.json")
     if status == 0:
         for found in (d for row in rows for d in row if d.maps is not None):
-            print(found.words(tokens.concept, cfg.dag))
+            print(found.words(" or ".join(c.concept for c in tokens), cfg.dag))
         print(f"{len(report)} pictures, {args.out / 'contact.png'} and {args.out / 'report.json'}")
     return status
 

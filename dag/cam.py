@@ -3,7 +3,7 @@
     raw map of a layer   (b, K, n)     guideline_maps in attention.py, on the conditional rows
     -> its grid          (b, K, H/f, W/f)
     -> latent grid       (b, K, H, W)  bilinear
-    -> raw map           (b, H, W)     mean over layers and over the K concept rows, in (0, 1)
+    -> raw map           (b, H, W)     mean over layers and over a concept's K rows, in (0, 1)
     -> A                 (b, H, W)     normalised to [0, 1]
 
 Source: paper section 3.1, Eq. 1; OVAM for the background row.
@@ -18,28 +18,35 @@ from .unet import UNet
 
 
 class Probe:
-    """What a UNet call is given to read the maps of one concept's guideline tokens.
+    """What a UNet call is given to read the maps of one or several concepts' guideline tokens.
 
-    embedding (1+K, c_text); factors: the layers looked at, by how much smaller their grid is than the latent's; rows:
-    the rows of the batch looked at. The guideline keys depend on model and tokens only and are computed once, here. A
-    UNet call fills `maps`; `raw` turns them into one map a row.
+    embeddings: one (1+K, c_text) a concept; factors: the layers looked at, by how much smaller their grid is than the
+    latent's; rows: the rows of the batch looked at. The guideline keys depend on model and tokens only and are computed
+    once, here. A UNet call fills `maps`; `raw` turns them into one map a row and concept.
     """
 
-    def __init__(self, unet: UNet, embedding: Tensor, factors: tuple[int, ...], rows: slice = slice(None)):
+    def __init__(self, unet: UNet, embeddings: list[Tensor], factors: tuple[int, ...], rows: slice = slice(None)):
         self.rows = rows
+        self.counts = [len(c) - 1 for c in embeddings]  # concept rows K of each concept
         self.factors = {layer: f for f, layer in unet.cross_attention() if f in factors}
-        with torch.no_grad():
-            self.keys = {layer: key_differences(layer, embedding.to(layer.to_k.weight)) for layer in self.factors}
+        self.keys: dict[CrossAttention, Tensor] = {}  # (h, sum of K, d) each
+        for layer in self.factors:
+            with torch.no_grad():
+                dk = [key_differences(layer, c.to(layer.to_k.weight)) for c in embeddings]
+            self.keys[layer] = torch.cat(dk, dim=1)
         self.maps: dict[CrossAttention, Tensor] = {}
 
     def see(self, layer: CrossAttention, q: Tensor) -> None:
         """Called by every cross-attention layer with its queries (b, h, n, d)."""
         if layer in self.keys:
-            self.maps[layer] = guideline_maps(q[self.rows], self.keys[layer])  # (rows, K, n)
+            self.maps[layer] = guideline_maps(q[self.rows], self.keys[layer])  # (rows, sum of K, n)
 
     def raw(self, H: int, W: int) -> Tensor:
-        """The raw map of the last UNet call, (rows, H, W) float32 in (0, 1)."""
-        return combine([self.maps[layer] for layer in self.keys], list(self.factors.values()), H, W).mean(1)
+        """The raw maps of the last UNet call, (rows, concepts, H, W) float32 in (0, 1)."""
+        maps = combine(
+            [self.maps[layer] for layer in self.keys], list(self.factors.values()), H, W
+        )  # (rows, sum K, H, W)
+        return torch.stack([a.mean(1) for a in maps.split(self.counts, dim=1)], dim=1)
 
 
 class QueryCache(Probe):

@@ -54,14 +54,15 @@ class DAG(CFG):
     base "sega": M_base is |eps_s - eps_0| in its `top` share per channel over the frame.
     base "sld": M_base = 1[eps_p - eps_s < threshold].
     base "none": M_base = 1.
+    Several concepts keep a map, a strength and a safety text each; at every pixel the one with the largest S acts.
     The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
-    bit.
-    There is no momentum: with it, what is not detected would change too.
+    bit. There is no momentum: with it, what is not detected would change too.
+    Raises ValueError for an unknown base, constants out of range, or tokens that read different layers.
     """
 
     def __init__(
         self,
-        tokens: GuidelineTokens,
+        *tokens: GuidelineTokens,
         safety_text: str | None = None,
         base: str = "sega",
         cfg: DAGConfig = PAPER,
@@ -70,24 +71,31 @@ class DAG(CFG):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
         if cfg.warmup < 0 or not 0 < cfg.top <= 1:
             raise ValueError(f"warm-up {cfg.warmup} must not be negative and top {cfg.top} must be in (0, 1]")
+        if len({c.factors for c in tokens}) != 1:
+            raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
         self.tokens, self.base, self.cfg = tokens, base, cfg
-        self.safety_texts = (tokens.safety_text if safety_text is None else safety_text,)
+        self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
     def start(self, sd, b: int) -> Probe:
-        self.probe = Probe(sd.unet, self.tokens.embedding, self.tokens.factors, slice(b, 2 * b))  # the conditional rows
+        embeddings, conditional = [c.embedding for c in self.tokens], slice(b, 2 * b)
+        self.probe = Probe(sd.unet, embeddings, self.tokens[0].factors, conditional)
         return self.probe
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
         eps = eps_0 + s_g * (eps_p - eps_0)
-        A = self.tokens.normalise(self.probe.raw(*eps.shape[2:]), t)  # (b, H, W)
-        S = torch.stack([scale_map(a, self.cfg.scaling) for a in A])  # (b, H, W)
-        guided = (S.flatten(1).amax(1) > 0).cpu() & (i >= self.cfg.warmup)  # (b,)
-        images = guided.nonzero()[:, 0].tolist()
-        if images:
-            safety = safety_eps(0, images) - eps_0[images]  # (images, 4, H, W)
-            M = self.mask(safety, eps_p[images] - eps_0[images])  # (images, 4, H, W)
-            eps[images] = eps[images] - s_g * S[images, None] * M * safety
-        return Estimate(eps, A, S, guided)
+        raw = self.probe.raw(*eps.shape[2:])  # (b, concepts, H, W)
+        A = torch.stack([c.normalise(raw[:, k], t) for k, c in enumerate(self.tokens)], 1)  # (b, concepts, H, W)
+        S = torch.stack([torch.stack([scale_map(a, self.cfg.scaling) for a in image]) for image in A])
+        active = (S.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
+        acting = S.argmax(1)  # (b, H, W)
+        for k in range(len(self.tokens)):
+            images = active[:, k].nonzero()[:, 0].tolist()
+            if images:
+                safety = safety_eps(k, images) - eps_0[images]  # (images, 4, H, W)
+                M = self.mask(safety, eps_p[images] - eps_0[images])  # (images, 4, H, W)
+                strength = (S[images, k] * (acting[images] == k))[:, None]  # (images, 1, H, W)
+                eps[images] = eps[images] - s_g * strength * M * safety
+        return Estimate(eps, A.amax(1), S.amax(1), active.any(1))
 
     def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
         """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S carries the factor 1[A >= edit]."""

@@ -43,17 +43,17 @@ def test_probe_reads_the_conditional_rows_and_changes_nothing(random_model, toke
     sd = random_model
     x, t = torch.randn(4, 4, 16, 24), torch.full((4,), 500)
     context = sd.text.encode(["", "", "a red circle", "a blue star"])
-    probe = Probe(sd.unet, tokens.embedding, tokens.factors, slice(2, 4))
+    probe = Probe(sd.unet, [tokens.embedding], tokens.factors, slice(2, 4))
     assert torch.equal(sd.unet(x, t, context, probe), sd.unet(x, t, context))
     raw = probe.raw(16, 24)
-    assert raw.shape == (2, 16, 24) and (raw > 0).all() and (raw < 1).all()
-    alone = Probe(sd.unet, tokens.embedding, tokens.factors)
+    assert raw.shape == (2, 1, 16, 24) and (raw > 0).all() and (raw < 1).all()
+    alone = Probe(sd.unet, [tokens.embedding], tokens.factors)
     sd.unet(x[2:], t[2:], context[2:], alone)
     assert torch.allclose(raw, alone.raw(16, 24), atol=1e-5)
 
 
 def test_probe_looks_at_the_layers_of_its_factors(random_model, tokens):
-    probe = Probe(random_model.unet, tokens.embedding, (2, 4))
+    probe = Probe(random_model.unet, [tokens.embedding], (2, 4))
     assert sorted(probe.factors.values()) == [2] * 5 + [4] * 5
     layer = next(iter(probe.keys))
     assert torch.equal(probe.keys[layer], key_differences(layer, tokens.embedding))
@@ -163,12 +163,12 @@ def test_lazy_equals_eager(random_model, tokens, base):
     """Against the formula written out with the safety branch run for every image, as the paper has it."""
     sd, cfg, s_g = random_model, DAGConfig(warmup=1), 5.0
     steps = run(sd, DAG(tokens, base=base, cfg=cfg))
-    probe = Probe(sd.unet, tokens.embedding, tokens.factors, slice(4, 8))
+    probe = Probe(sd.unet, [tokens.embedding], tokens.factors, slice(4, 8))
     context = sd.text.encode([""] * 4 + PROMPTS + ["a red circle"] * 4)
     x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)])
     for i, step in enumerate(steps):
         eps_0, eps_p, eps_s = sd.unet(torch.cat([x, x, x]), torch.full((12,), step.t), context, probe).chunk(3)
-        A = tokens.normalise(probe.raw(16, 16), step.t)
+        A = tokens.normalise(probe.raw(16, 16)[:, 0], step.t)
         S = torch.stack([scale_map(a, cfg.scaling) for a in A])[:, None] * (i >= cfg.warmup)
         d = eps_s - eps_0
         M = torch.ones_like(d)
@@ -217,3 +217,18 @@ def test_not_finite(random_model):
 
     with pytest.raises(ArithmeticError, match="after step 3 of 4 .*float32"):
         list(sample(random_model, ["a"], Broken(), 4))
+
+
+def test_several_concepts(random_model, tokens):
+    """Two identical concepts act as one; a blind second one changes nothing; each pays for its own rows."""
+    cfg = DAGConfig(warmup=2)
+    blind = GuidelineTokens(**{**vars(tokens), "lo": (2.0,), "hi": (3.0,)})
+    one = run(random_model, DAG(tokens, cfg=cfg))
+    for other, extra in ((blind, 0), (tokens, 1)):
+        two = run(random_model, DAG(tokens, other, cfg=cfg))
+        for a, b in zip(one, two, strict=True):
+            assert torch.allclose(a.x, b.x, atol=1e-5) and torch.allclose(a.A, b.A, atol=1e-3)
+            assert torch.equal(b.rows, a.rows + extra * a.guided.long())
+    odd = GuidelineTokens(**{**vars(tokens), "factors": (4,)})
+    with pytest.raises(ValueError, match="different factors"):
+        DAG(tokens, odd)
