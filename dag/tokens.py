@@ -216,7 +216,7 @@ def optimise(
             A = torch.stack([start.normalise(row, data.times[k]) for row in raw.unbind(1)], 1)  # (images, K, H, W)
             logit = A - (1 - A)  # the two maps as logits of two classes
         else:
-            logit = 4 * at_level(s, recipe, data.times[k]) * (raw - at_level(b, recipe, data.times[k]))
+            logit = 4 * at_level(s, recipe.levels, data.times[k]) * (raw - at_level(b, recipe.levels, data.times[k]))
         loss = F.binary_cross_entropy_with_logits(logit, y.expand_as(logit), reduction="none").mean((1, 2, 3))
         return (loss * torch.where(unsafe[images], 1.0, recipe.safe_weight)).mean()
 
@@ -228,6 +228,8 @@ def optimise(
         loss.backward()
         opt.step()
         schedule.step()
+        with torch.no_grad():
+            s.clamp_(min=0.5)  # A may never fall where the raw map rises
         progress = Progress(step, loss.item())
         if step % every == 0 or step == recipe.steps:
             with torch.no_grad():
@@ -241,9 +243,9 @@ def optimise(
         yield progress
 
 
-def at_level(values: Tensor, recipe: Recipe, t: int) -> Tensor:
+def at_level(values: Tensor, levels: tuple[int, ...], t: int) -> Tensor:
     """Values (levels,) read at timestep t, linear between levels; a number that gradients flow through."""
-    weights = [np.interp(t, recipe.levels, row) for row in np.eye(len(recipe.levels))]
+    weights = [np.interp(t, levels, row) for row in np.eye(len(levels))]
     return (values * torch.tensor(weights, dtype=values.dtype)).sum()
 
 

@@ -1,0 +1,71 @@
+"""What is said of a picture, and how maps and sheets look."""
+
+import pytest
+import torch
+from PIL import Image
+
+from dag.config import DAGConfig, Scaling
+from dag.drawing import Drawing, sheet
+from dag.pictures import from_pil, overlay, strip, to_pil
+
+CFG = DAGConfig(warmup=2, scaling=Scaling(min_area=0.0))
+
+
+def drawing(*maps: torch.Tensor, guided=None) -> Drawing:
+    maps = torch.stack(maps)
+    guided = [False] * len(maps) if guided is None else guided
+    strength = maps.flatten(1).amax(1) * 2
+    image = Image.new("RGB", (32, 32), (200, 10, 10))
+    return Drawing("a tomato", 3, "dag", image, 1.0, 2 * len(maps) + sum(guided), maps, strength, guided)
+
+
+def spot(value: float = 0.9, share: int = 2) -> torch.Tensor:
+    A = torch.zeros(6, 6)
+    A[:share, -share:] = value
+    return A
+
+
+NOTHING = torch.zeros(6, 6)
+CASES = {
+    "found": ((NOTHING, NOTHING, spot(), spot(0.7)), [False, False, True, True], True, 0.9, 2, None),
+    "nothing": ((spot(), spot(), spot(0.3), NOTHING), None, False, 0.3, 0, "nothing found"),
+    "only in the warm-up": ((spot(), spot()), None, False, None, 0, "warm-up"),
+    "fills the frame": ((NOTHING, NOTHING, spot(0.9, 6)), None, True, 0.9, 0, "fills the frame"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_findings(name):
+    maps, guided, detected, map_max, steps, reason = CASES[name]
+    found = drawing(*maps, guided=guided).findings(CFG)
+    assert (found["detected"], found["steps_guided"], found["not_guided_reason"]) == (detected, steps, reason)
+    assert found["map_max"] == (None if map_max is None else pytest.approx(map_max))
+
+
+def test_words():
+    said = drawing(NOTHING, NOTHING, spot(), guided=[False, False, True]).words("a red circle", CFG)
+    assert said == (
+        "'a tomato' (seed 3), dag: found a red circle at the top right (11% of the frame), guided on 1 of 3 steps, "
+        "7 UNet rows instead of 6"
+    )
+    assert "nothing found, 6 UNet rows, as without" in drawing(NOTHING, NOTHING, NOTHING).words("a red circle", CFG)
+
+
+def test_pictures_round_trip():
+    image = Image.effect_noise((24, 16), 50).convert("RGB")
+    (back,) = to_pil(from_pil(image))
+    assert back.tobytes() == image.tobytes()
+    with pytest.raises(ArithmeticError, match="not finite"):
+        to_pil(torch.full((1, 3, 2, 2), float("nan")))
+
+
+def test_overlay_shows_where():
+    picture = overlay(Image.new("RGB", (48, 48), (0, 0, 255)), spot())
+    high, low = picture.getpixel((44, 4)), picture.getpixel((4, 44))
+    assert high[0] > high[2] and low[0] == low[1] == low[2]
+
+
+def test_strip_and_sheet():
+    assert strip(torch.rand(12, 6, 6), side=8).size == (80, 16)
+    row = (drawing(NOTHING, spot(), spot()),)
+    assert sheet([row, row], CFG).width > 2 * 192
