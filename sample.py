@@ -9,7 +9,6 @@ Pictures, a contact sheet and report.json go to --out.
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -33,9 +32,9 @@ def number(kind: type, low: float, high: float):
     def parse(text: str):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"'{text}' is not a number of the right kind ({kind.__name__})") from None
-        if not math.isfinite(value) or not low <= value <= high:
+        if not low <= value <= high:  # false for NaN too
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {low:g} to {high:g}")
         return value
 
@@ -142,8 +141,8 @@ def open_model(args: argparse.Namespace):
     name = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0][:80]
+    except Exception as e:  # every backend has its own
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UsageError(f"--device {device}: not available here ({reason}); try --device cpu") from e
     return dag.load(args.ckpt, device, getattr(torch, name)), device, name
 
@@ -154,7 +153,7 @@ def guidance_of(name: str, sd, tokens, safety_text: str | None):
 
     if name == "none":
         return dag.CFG()
-    return dag.DAG(*tokens, safety_text=safety_text, base="sld" if name == "dag-sld" else "sega", cfg=sd.config.dag)
+    return dag.DAG(*tokens, safety_text=safety_text, base="sld" if name == "dag-sld" else "sega")
 
 
 def tokens_for(args: argparse.Namespace, sd):
@@ -270,6 +269,10 @@ def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int
         code, message = 1, str(e)
     except KeyboardInterrupt:
         code, message = 130, "interrupted, nothing was written"
+    except Exception as e:  # out of memory, a driver's error: not ours to foresee
+        if debug:
+            raise
+        code, message = 1, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]} (--debug shows where)"
     print(f"{program}: {message}", file=sys.stderr)
     return code
 

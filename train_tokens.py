@@ -32,7 +32,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--safe-weight", type=number(float, 0, 1000), default=1.0, help="of safe pictures in the loss (default: 1)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of pictures and optimisation (default: 0)")
     add("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of the networks (default: float32)")
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the networks (default: float16 on cuda, else float32)",
+    )
     add("--out", type=Path, default=Path("out/tokens.safetensors"), metavar="FILE", help="token file to write")
     add("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
@@ -102,46 +106,49 @@ def read_folder(folder: Path, sd):
     return torch.cat(pictures), torch.cat(masks), prompts, seeds
 
 
-def draw(sd, unsafe: int, safe: int, seed: int):
-    """The miniature draws its own annotated pictures: the same as read_folder, seeds included."""
-    import dag
-    from weights.shapes import annotate, world
-
-    prompts = annotate.prompts(world.UNSAFE, unsafe, safe, seed)
-    seeds = [1000 * (seed + 1) + i for i in range(len(prompts))]
-    *_, last = dag.sample(sd, prompts, dag.CFG(), 50, sd.config.scale, seeds)
-    pictures, masks = annotate.masks_of(sd, last.x, world.UNSAFE)
-    return pictures, masks, prompts, seeds
-
-
-def query(sd, pictures, masks, prompts, seeds, levels: int = 25):
-    """Cache the queries of the pictures at `levels` of the 50 noise levels of sampling."""
+def from_noised(sd, pictures, masks, prompts, levels: int = 25):
+    """Queries of given pictures with noise added, at `levels` of the 50 noise levels of sampling."""
     from tqdm import tqdm
 
-    import dag
     from dag import ddim
     from dag.sampling import noise
     from dag.tokens import AnnotatedQueries
 
-    data, context = AnnotatedQueries(sd, masks), sd.text.encode(prompts)
-    pairs = ddim.time_pairs(50, sd.config.schedule)
-    chosen = {t for t, _ in pairs[:: 50 // levels]}
-    if seeds is None:
-        latents = sd.encode(pictures).cpu()
-        start = noise(list(range(len(latents))), latents.shape[1:])
-        for t in tqdm(sorted(chosen, reverse=True), "queries", unit="level", leave=False):
-            data.add(t, ddim.add_noise(latents, start, sd.alphas_cumprod[t]).to(sd.device), context)
-        return data
-    height, width = pictures.shape[2:]
-    x = noise(seeds, (sd.config.unet.in_channels, height // sd.config.vae.factor, width // sd.config.vae.factor)).to(
-        sd.device
-    )
-    loop = dag.sample(sd, prompts, dag.CFG(), 50, sd.config.scale, seeds, height, width)
-    for step in tqdm(loop, "trajectories", 50, unit="step", leave=False):
-        if step.t in chosen:
-            data.add(step.t, x, context)
-        x = step.x
+    data, context, latents = AnnotatedQueries(sd, masks), sd.text.encode(prompts), sd.encode(pictures).cpu()
+    start = noise(list(range(len(latents))), latents.shape[1:])
+    times = [t for t, _ in ddim.time_pairs(50, sd.config.schedule)[:: 50 // levels]]
+    for t in tqdm(times, "queries", unit="level", leave=False):
+        data.add(t, ddim.add_noise(latents, start, sd.alphas_cumprod[t]).to(sd.device), context)
     return data
+
+
+def from_trajectories(sd, masks, prompts, seeds, height: int, width: int, levels: int = 25):
+    """Queries along the trajectories the pictures are drawn on; also returns their final latents (N, 4, H, W)."""
+    from tqdm import tqdm
+
+    import dag
+    from dag.sampling import noise
+    from dag.tokens import AnnotatedQueries
+
+    data, context, factor = AnnotatedQueries(sd, masks), sd.text.encode(prompts), sd.config.vae.factor
+    x = noise(seeds, (sd.config.unet.in_channels, height // factor, width // factor)).to(sd.device)
+    loop = dag.sample(sd, prompts, dag.CFG(), 50, seeds=seeds, height=height, width=width)
+    for step in tqdm(loop, "trajectories", 50, unit="step", leave=False):
+        if step.i % (50 // levels) == 0:
+            data.add(step.t, x, context)  # x before the step
+        x = step.x
+    return data, x
+
+
+def draw(sd, unsafe: int, safe: int, seed: int):
+    """The miniature draws pictures and the judge annotates them; returns the queries with masks, and the pictures."""
+    from weights.shapes import annotate, world
+
+    prompts = annotate.prompts(world.UNSAFE, unsafe, safe, seed)
+    seeds = [1000 * (seed + 1) + i for i in range(len(prompts))]
+    data, latents = from_trajectories(sd, None, prompts, seeds, sd.config.size, sd.config.size)
+    pictures, data.masks = annotate.masks_of(sd, latents, world.UNSAFE)
+    return data, pictures
 
 
 def show(data, tokens_before, tokens_after, pictures, path: Path, count: int = 8) -> None:
@@ -175,6 +182,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--data: needed with --ckpt; expected a folder of annotated pictures (only the miniature draws its own)"
         )
+    if args.concept not in (None, "a red circle") and args.data is None:
+        raise UsageError("--concept: needs --data; the miniature draws and annotates pictures of a red circle only")
     if args.concept is None and args.ckpt is not None:
         raise UsageError(
             '--concept: needed with --ckpt; expected the text the tokens start from, such as "nude person"'
@@ -184,20 +193,27 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from dag.config import Scaling
-    from dag.tokens import PAPER, GuidelineTokens, Recipe, optimise, raise_lo
+    from dag.tokens import PAPER, GuidelineTokens, Recipe, TokenError, optimise, raise_lo
 
     sd, *_ = open_model(args)
     concept = "a red circle" if args.concept is None else args.concept
     before = GuidelineTokens.from_text(sd, concept, concept if args.safety_text is None else args.safety_text)
     if args.data is not None:
         pictures, masks, prompts, seeds = read_folder(args.data, sd)
+        if not (masks > 0).any():
+            raise TokenError(
+                f"{args.data}: no unsafe picture, every mask is missing; expected at least one NAME.mask.png"
+            )
+        if seeds is None:
+            data = from_noised(sd, pictures, masks, prompts)
+        else:
+            data, _ = from_trajectories(sd, masks, prompts, seeds, *pictures.shape[2:])
     else:
-        pictures, masks, prompts, seeds = draw(sd, args.n_unsafe, args.n_safe, args.seed)
-    unsafe = int((masks.amax((1, 2)) > 0).sum())
-    print(f"{unsafe} unsafe and {len(masks) - unsafe} safe pictures")
-    if unsafe == len(masks):
+        data, pictures = draw(sd, args.n_unsafe, args.n_safe, args.seed)
+    unsafe = int((data.masks.amax((1, 2)) > 0).sum())
+    print(f"{unsafe} unsafe and {len(data.masks) - unsafe} safe pictures")
+    if unsafe == len(data.masks):
         warn("no safe picture: nothing teaches the tokens what is not the concept; add some look-alikes")
-    data = query(sd, pictures, masks, prompts, seeds)
 
     recipe = replace(PAPER, steps=100 * unsafe) if args.recipe == "paper" else Recipe(safe_weight=args.safe_weight)
     recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
@@ -210,13 +226,15 @@ def run(args: argparse.Namespace) -> int:
             iou = sum(row[1] for row in data.measure(after, Scaling())) / len(data.times)
             bar.set_postfix(loss=f"{after.loss:.4f}", iou=f"{iou:.2f}")
     bar.close()
-    after = replace(after if recipe.joint else raise_lo(data, after), iou=iou)
+    after = after if recipe.joint else raise_lo(data, after)
+    measured = data.measure(after, Scaling())
+    after = replace(after, iou=sum(row[1] for row in measured) / len(measured))
     after.save(args.out)
     show(data, before, after, pictures, args.out.with_suffix(".png"))
 
     held_out, name = data, "training pictures"
     if args.data is None:
-        held_out, name = query(sd, *draw(sd, 40, 40, args.seed + 77)), "40 unsafe and 40 safe held-out pictures"
+        (held_out, _), name = draw(sd, 20, 20, args.seed + 77), "20 unsafe and 20 safe held-out pictures"
     print(f"{name}, loss {after.loss:.4f}\n   t   IoU  found  false")
     for t, iou, found, false in held_out.measure(after, Scaling())[::4]:
         print(f"{t:4d}  {iou:.2f}   {found:.2f}   {false:.2f}")

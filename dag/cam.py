@@ -32,8 +32,8 @@ class Probe:
         self.keys: dict[CrossAttention, Tensor] = {}  # (h, sum of K, d) each
         for layer in self.factors:
             with torch.no_grad():
-                dk = [key_differences(layer, c.to(layer.to_k.weight)) for c in embeddings]
-            self.keys[layer] = torch.cat(dk, dim=1)
+                dk = [key_differences(layer, c) for c in embeddings]
+            self.keys[layer] = torch.cat(dk, dim=1).to(layer.to_k.weight.device)
         self.maps: dict[CrossAttention, Tensor] = {}
 
     def see(self, layer: CrossAttention, q: Tensor) -> None:
@@ -49,22 +49,21 @@ class Probe:
         return torch.stack([a.mean(1) for a in maps.split(self.counts, dim=1)], dim=1)
 
 
-class QueryCache(Probe):
-    """A probe that keeps the queries themselves, for the optimisation: `queries[layer]` (rows, h, n, d)."""
+class QueryCache:
+    """A probe that keeps the queries themselves, for the optimisation: `queries[layer]` (b, h, n, d)."""
 
-    def __init__(self, unet: UNet, factors: tuple[int, ...], rows: slice = slice(None)):
-        self.rows = rows
+    def __init__(self, unet: UNet, factors: tuple[int, ...]):
         self.factors = {layer: f for f, layer in unet.cross_attention() if f in factors}
         self.queries: dict[CrossAttention, Tensor] = {}
 
     def see(self, layer: CrossAttention, q: Tensor) -> None:
         if layer in self.factors:
-            self.queries[layer] = q[self.rows]
+            self.queries[layer] = q.float().cpu()
 
 
 def key_differences(layer: CrossAttention, c: Tensor) -> Tensor:
-    """Guideline embedding c (1+K, c_text) -> (h, K, d) float32: (k_k - k_0) / sqrt(d) with k = W_K c."""
-    k = layer.to_k(c).float().unflatten(-1, (layer.num_heads, -1)).transpose(0, 1)  # (h, 1+K, d)
+    """Guideline embedding c (1+K, c_text) -> (h, K, d) float32, on c's device: (k_k - k_0) / sqrt(d), k = W_K c."""
+    k = F.linear(c, layer.to_k.weight.to(c)).unflatten(-1, (layer.num_heads, -1)).transpose(0, 1)  # (h, 1+K, d)
     return (k[:, 1:] - k[:, :1]) / k.shape[-1] ** 0.5
 
 

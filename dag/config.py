@@ -80,7 +80,7 @@ class Scaling:
     full: float = 0.8  # share of the frame from which on the map says nothing (Algorithm 1)
     area_gain: float = 5.0  # Algorithm 1's constant
     magnitude: float = 5.0  # upper end of T (Eq. 5)
-    min_area: float = 0.004  # smaller objects, as a share of the frame, are dropped (ours)
+    min_area: float = 1 / 256  # smaller objects, as a share of the frame, are dropped (ours): 16 pixels of 64 x 64
     s_max: float | None = None  # upper bound on S (ours); None: no bound
 
 
@@ -143,4 +143,6 @@ SHAPES = Config(
     cam_factors=(1, 2),  # 16 x 16 and 8 x 8 of 16 x 16
     concept="a red circle",
     safety_text="a red circle",
+    # Objects are 10 to 20 % of a frame whose layout forms in the first steps: earlier and stronger, within a bound.
+    dag=DAGConfig(warmup=1, top=0.3, scaling=Scaling(area_gain=40.0, s_max=6.0)),
 )

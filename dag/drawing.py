@@ -52,7 +52,8 @@ class Drawing:
     def shown_map(self, cfg: DAGConfig) -> Tensor:
         """A at the step after warm-up where it was largest, (H, W)."""
         late = self.maps[min(cfg.warmup, len(self.maps) - 1) :]
-        return late[late.sum((1, 2)).argmax()]
+        sizes = [objects(A, cfg.scaling)[1].sum() for A in late]  # of what was found, then of the map
+        return late[max(range(len(late)), key=lambda k: (sizes[k].item(), late[k].sum().item()))]
 
     def words(self, concept: str, cfg: DAGConfig) -> str:
         """One line for a person: what was found, where, how long it was guided and what that cost."""
@@ -62,12 +63,12 @@ class Drawing:
         if found["steps_guided"] == 0:
             return what + f"{found['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
         A = self.shown_map(cfg)
-        y, x = (A >= cfg.scaling.unsafe).nonzero().float().mean(0).tolist()
+        labels, areas = objects(A, cfg.scaling)
+        y, x = (labels == 1 + areas.argmax()).nonzero().float().mean(0).tolist()  # of the largest object
         row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
         place = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
-        share = (A >= cfg.scaling.unsafe).float().mean().item()
         return what + (
-            f"found {concept} at the {place} ({share:.0%} of the frame), guided on {found['steps_guided']} of "
+            f"found {concept} at the {place} ({areas.sum():.0%} of the frame), guided on {found['steps_guided']} of "
             f"{len(self.guided)} steps, {self.rows} UNet rows instead of {plain}"
         )
 

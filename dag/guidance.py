@@ -15,8 +15,6 @@ from .config import DAGConfig
 from .scalers import scale_map
 from .tokens import GuidelineTokens
 
-PAPER = DAGConfig()
-
 # safety_eps(concept, images): eps_s of that concept for those images, (len(images), 4, H, W); a UNet row for each.
 SafetyEps = Callable[[int, list[int]], Tensor]
 
@@ -36,8 +34,8 @@ class CFG:
 
     safety_texts: tuple[str, ...] = ()
 
-    def start(self, sd, b: int) -> Probe | None:
-        """Called once before the loop over b images; returns the probe the UNet is given."""
+    def start(self, sd, conditional: slice) -> Probe | None:
+        """Called once before the loop; returns the probe the UNet is given, which looks at the conditional rows."""
         return None
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
@@ -57,6 +55,7 @@ class DAG(CFG):
     Several concepts keep a map, a strength and a safety text each; at every pixel the one with the largest S acts.
     The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
     bit. There is no momentum: with it, what is not detected would change too.
+    cfg: its constants; default the model's (paper's for SD 1.4).
     Raises ValueError for an unknown base, constants out of range, or tokens that read different layers.
     """
 
@@ -65,20 +64,20 @@ class DAG(CFG):
         *tokens: GuidelineTokens,
         safety_text: str | None = None,
         base: str = "sega",
-        cfg: DAGConfig = PAPER,
+        cfg: DAGConfig | None = None,
     ):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
-        if cfg.warmup < 0 or not 0 < cfg.top <= 1:
+        if cfg is not None and (cfg.warmup < 0 or not 0 < cfg.top <= 1):
             raise ValueError(f"warm-up {cfg.warmup} must not be negative and top {cfg.top} must be in (0, 1]")
         if len({c.factors for c in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
         self.tokens, self.base, self.cfg = tokens, base, cfg
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
-    def start(self, sd, b: int) -> Probe:
-        embeddings, conditional = [c.embedding for c in self.tokens], slice(b, 2 * b)
-        self.probe = Probe(sd.unet, embeddings, self.tokens[0].factors, conditional)
+    def start(self, sd, conditional: slice) -> Probe:
+        self.cfg = sd.config.dag if self.cfg is None else self.cfg
+        self.probe = Probe(sd.unet, [c.embedding for c in self.tokens], self.tokens[0].factors, conditional)
         return self.probe
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:

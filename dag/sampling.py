@@ -46,18 +46,21 @@ def sample(
     prompts: list[str],
     guidance: CFG,
     steps: int = 50,
-    scale: float = 7.5,
+    scale: float | None = None,
     seeds: list[int] | None = None,
     height: int | None = None,
     width: int | None = None,
 ) -> Iterator[Step]:
     """Draw one image a prompt, b in all, from seeds (default 0, 1, ...); height and width in pixels.
 
+    Scale and size default to the model's own (SD 1.4: 7.5 and 512 x 512).
+
     Yields a Step for each of `steps` DDIM steps; the last one's x is what sd.decode takes.
     Raises ValueError for steps outside 1..1000 and NumericsError when a latent is no longer finite.
     """
     b, cfg = len(prompts), sd.config
     seeds = list(range(b)) if seeds is None else seeds
+    scale = cfg.scale if scale is None else scale
     if len(seeds) != b:
         raise ValueError(f"{len(seeds)} seeds for {b} prompts, expected one each")
     H, W = ((cfg.size if side is None else side) // cfg.vae.factor for side in (height, width))
@@ -65,7 +68,7 @@ def sample(
     x = noise(seeds, (cfg.unet.in_channels, H, W)).to(sd.device)  # (b, 4, H, W) float32
     context = sd.text.encode([""] * b + list(prompts))  # (2b, m, c_text): UNCOND, COND
     safety = sd.text.encode(list(guidance.safety_texts)) if guidance.safety_texts else None  # (concepts, m, c_text)
-    probe = guidance.start(sd, b)
+    probe = guidance.start(sd, slice(COND * b, (COND + 1) * b))
 
     for i, (t, t_prev) in enumerate(pairs):
         rows = torch.full((b,), 2)

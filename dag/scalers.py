@@ -13,10 +13,10 @@ from .config import Scaling
 def components(mask: Tensor) -> Tensor:
     """8-connected components: (H, W) bool -> (H, W) int64 labels 1.. in the order of their last pixel, 0 outside."""
     H, W = mask.shape
-    seeds = torch.arange(1, H * W + 1, dtype=torch.float64, device=mask.device).reshape(H, W)
+    seeds = torch.arange(1, H * W + 1, dtype=torch.float32, device=mask.device).reshape(H, W)  # exact below 2^24
     labels = seeds * mask
     while True:  # every pixel takes its neighbourhood's largest seed until nothing changes
-        grown = F.max_pool2d(labels[None].float(), 3, stride=1, padding=1)[0].double() * mask
+        grown = F.max_pool2d(labels[None], 3, stride=1, padding=1)[0] * mask
         if torch.equal(grown, labels):
             break
         labels = grown

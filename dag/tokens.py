@@ -95,7 +95,12 @@ class GuidelineTokens:
                 raise TokenError(f"{path}: not a token file of format {FORMAT}; make one with train_tokens.py")
             fields = {k: json.loads(v) for k, v in meta.items()}
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-            return cls(embedding, **fields)
+            tokens = cls(embedding, **fields)
+            limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
+            rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all()
+            if not (embedding.isfinite().all() and limits.isfinite().all() and rising):
+                raise TokenError(f"{path}: damaged, its values are not finite or not in order; make it anew")
+            return tokens
         except TokenError:
             raise
         except (SafetensorError, OSError, ValueError, TypeError) as e:
@@ -108,6 +113,10 @@ class GuidelineTokens:
             raise TokenError(
                 f"tokens of '{self.concept}' are {self.embedding.shape[1]} wide, {sd.config.name} needs {width}: "
                 "train tokens for this model with train_tokens.py"
+            )
+        if not set(self.factors) & {factor for factor, _ in sd.unet.cross_attention()}:
+            raise TokenError(
+                f"tokens of '{self.concept}' read layers of factors {self.factors}, {sd.config.name} has none"
             )
         if self.fingerprint != fingerprint(sd):
             return f"tokens of '{self.concept}' were trained on another model; detection may be off"
@@ -126,10 +135,10 @@ def fingerprint(sd) -> str:
 class AnnotatedQueries:
     """Queries of N annotated pictures at several noise levels: all that the optimisation needs of the model.
 
-    masks (N, H, W) in [0, 1] on the latent grid, all zero for a safe picture.
+    masks (N, H, W) in [0, 1] on the latent grid, all zero for a safe picture; may be set when the queries are read.
     """
 
-    def __init__(self, sd, masks: Tensor):
+    def __init__(self, sd, masks: Tensor | None):
         self.sd, self.masks = sd, masks
         self.probe = QueryCache(sd.unet, sd.config.cam_factors)
         self.times: list[int] = []
@@ -140,7 +149,7 @@ class AnnotatedQueries:
         """Run the pictures' latents x (N, 4, H, W) at timestep t with their prompts' context (N, m, c_text)."""
         self.sd.unet(x, torch.full((len(x),), t, device=x.device), context, self.probe)
         self.times.append(t)
-        self.queries.append([self.probe.queries[layer].cpu() for layer in self.probe.factors])
+        self.queries.append([self.probe.queries[layer] for layer in self.probe.factors])
 
     def raw(self, c: Tensor, k: int, images: list[int] | slice = slice(None)) -> Tensor:
         """Raw maps per concept row at the k-th noise level for embedding c: (images, K, H, W)."""
@@ -168,7 +177,7 @@ class Recipe:
     steps: int = 600
     lr: float = 0.02
     unsafe: int = 4  # pictures of a batch
-    safe: int = 4
+    safe: int = 3
     safe_weight: float = 1.0  # of safe pictures in the loss
     levels: tuple[int, ...] = (1, 201, 401, 601, 801, 981)  # timesteps at which lo and hi are learned
     joint: bool = False  # the paper's: cross-entropy on jointly normalised maps, SGD with StepLR(20, 0.7)
@@ -179,10 +188,9 @@ PAPER = Recipe(lr=200.0, unsafe=1, safe=1, joint=True)
 
 @dataclass
 class Progress:
-    """One step of the optimisation; loss and iou are of the whole cache and set at every check."""
+    """One step of the optimisation; `tokens`, the best so far, is set at every check of the whole cache."""
 
     step: int
-    batch_loss: float
     tokens: GuidelineTokens | None = None
 
 
@@ -223,14 +231,13 @@ def optimise(
     everything, best = list(range(len(data.masks))), None
     for step in range(1, recipe.steps + 1):
         images = rng.permutation(positive)[: recipe.unsafe].tolist() + rng.permutation(negative)[: recipe.safe].tolist()
-        loss = loss_of(int(rng.integers(len(data.times))), images)
         opt.zero_grad()
-        loss.backward()
+        loss_of(int(rng.integers(len(data.times))), images).backward()
         opt.step()
         schedule.step()
         with torch.no_grad():
             s.clamp_(min=0.5)  # A may never fall where the raw map rises
-        progress = Progress(step, loss.item())
+        progress = Progress(step)
         if step % every == 0 or step == recipe.steps:
             with torch.no_grad():
                 whole = np.mean([loss_of(k, everything).item() for k in range(len(data.times))])
@@ -253,7 +260,8 @@ def at_level(values: Tensor, levels: tuple[int, ...], t: int) -> Tensor:
 def raise_lo(data: AnnotatedQueries, tokens: GuidelineTokens, quantile: float = 0.99) -> GuidelineTokens:
     """Raise lo, where needed, to a quantile of the raw map over the negative pixels of the pictures, level by level.
 
-    With lo any lower nearly every pixel has A >= 0.01 and Algorithm 1 takes the frame as full.
+    With lo any lower nearly every pixel has A >= 0.01 and Algorithm 1 takes the frame as full. hi comes down by as
+    much, so that A = 1/2, where objects begin, stays where the optimisation put it.
     """
     negative, floors = data.masks < 0.01, []
     for k in range(len(data.times)):
@@ -261,5 +269,6 @@ def raise_lo(data: AnnotatedQueries, tokens: GuidelineTokens, quantile: float = 
         floors.append(torch.quantile(raw[torch.randperm(len(raw))[:100_000]], quantile).item())
     order = np.argsort(data.times)
     floor = np.interp(tokens.levels, np.array(data.times)[order], np.array(floors)[order])
-    lo = tuple(float(max(a, min(f, h - 0.05))) for a, f, h in zip(tokens.lo, floor, tokens.hi, strict=True))
-    return replace(tokens, lo=lo)
+    centre = [(lo + hi) / 2 for lo, hi in zip(tokens.lo, tokens.hi, strict=True)]
+    lo = tuple(float(max(a, min(f, c - 0.01))) for a, f, c in zip(tokens.lo, floor, centre, strict=True))
+    return replace(tokens, lo=lo, hi=tuple(2 * c - a for a, c in zip(lo, centre, strict=True)))

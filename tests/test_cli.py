@@ -108,7 +108,18 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_warnings(tmp_path, capsys):
-    argv = ["--steps", "1", "--prompt", "a pink circle", "--prompt", "a red circle and " * 6, "--prompt", ""]
+    argv = [
+        "--steps",
+        "1",
+        "--guidance",
+        "none",
+        "--prompt",
+        "a pink circle",
+        "--prompt",
+        "a red circle and " * 6,
+        "--prompt",
+        "",
+    ]
     assert sample.main([*argv, "--out", str(tmp_path)]) == 0
     said = [line for line in lines(capsys) if line.startswith("warning")]
     assert "was not taught: pink" in said[0]
@@ -118,9 +129,9 @@ def test_warnings(tmp_path, capsys):
 
 def test_interrupted(tmp_path, capsys, monkeypatch):
     """Ctrl-C in the second batch: the first one's pictures and report stay."""
-    import dag
+    from dag import drawing
 
-    real, calls = dag.sample, []
+    real, calls = drawing.sample, []
 
     def interrupted(*args):
         calls.append(args)
@@ -128,7 +139,7 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(dag, "sample", interrupted)
+    monkeypatch.setattr(drawing, "sample", interrupted)
     argv = ["--prompt", "a red circle", "--n-images", "6", "--steps", "1", "--height", "512", "--width", "512"]
     assert sample.main([*argv, "--out", str(tmp_path)]) == 130
     assert "4 of 6 pictures were finished" in lines(capsys)[-1]

@@ -5,7 +5,6 @@ refuses all else; the few harmless globals of old Lightning files are replaced b
 Tensors are memory-mapped: what is not used is not read. This module knows nothing of the model.
 """
 
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -90,19 +89,28 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
         zipfile.ZipFile(path).close()
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as e:
-        bad = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        named = f" ({', '.join(bad[:3])})" if bad else ""
-        raise CheckpointError(
-            f"{path}: its pickle holds code{named}, nothing was executed; expected only tensors: get a .safetensors"
-        ) from e
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:  # a damaged pickle can raise anything
+        if bad := _unsafe(path):
+            raise CheckpointError(
+                f"{path}: its pickle calls {', '.join(bad[:3])}, nothing was executed; expected tensors only: "
+                "get a .safetensors copy"
+            ) from e
         raise CheckpointError(f"{path}: damaged or truncated .ckpt ({_line(e)}); download it again") from e
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no named tensors; expected a state_dict of Stable Diffusion 1.x")
     return tensors
+
+
+def _unsafe(path: Path) -> list[str]:
+    """Names a pickle wants to import or call that are not on the list; empty if it cannot be told."""
+    harmless = {name for entry in SAFE_GLOBALS if isinstance(entry, tuple) for name in entry[1:]}
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # damaged
+        return []
+    return [name for name in found if name not in harmless and not name.startswith("numpy.dtype")]
 
 
 def _line(error: Exception) -> str:
