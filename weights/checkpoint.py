@@ -95,7 +95,10 @@ def _read_ckpt(path: Path) -> dict[str, Tensor]:
                 f"{path}: its pickle calls {', '.join(bad[:3])}, nothing was executed; expected tensors only: "
                 "get a .safetensors copy"
             ) from e
-        raise CheckpointError(f"{path}: damaged or truncated .ckpt ({_line(e)}); download it again") from e
+        raise CheckpointError(
+            f"{path}: damaged or truncated .ckpt, or its pickle holds more than tensors; nothing was executed: "
+            "download it again"
+        ) from e
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not tensors:

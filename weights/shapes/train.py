@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import dag
 from dag import ddim
 from dag.config import SHAPES
 from dag.text import Text
 from dag.unet import UNet
 from dag.vae import AutoencoderKL
 from weights.shapes import world
+from weights.shapes.benchmark import draw, following, prompt_sets
 from weights.shapes.judge import FILE, Judge
 
 HERE = Path(__file__).resolve().parent
@@ -260,8 +263,23 @@ def train_text_unet(steps: int) -> None:
 
     both = nn.ModuleDict({"text": text.transformer, "unet": unet})
     Run("text+unet", both, steps, lr=1e-3, ema=0.9985).learn(loss_of)
-    write_part("cond_stage_model.transformer.text_model.", text.transformer.state_dict())
-    write_part("model.diffusion_model.", unet.state_dict())
+    candidate = RUNS / MODEL.name
+    shutil.copy(MODEL, candidate)
+    write_part("cond_stage_model.transformer.text_model.", text.transformer.state_dict(), candidate)
+    write_part("model.diffusion_model.", unet.state_dict(), candidate)
+    accept(candidate)
+
+
+def accept(candidate: Path) -> None:
+    """Let the judge read 128 pictures of a finished model; it becomes the miniature if it draws what is asked."""
+    sd, judge = dag.load(candidate), Judge.load()
+    entries = [e for part in prompt_sets(8, seed=5).values() for e in part for _ in range(4)]
+    images = draw(sd, [p for p, _ in entries], dag.CFG(), list(range(len(entries))), SHAPES.scale)["images"]
+    result = following([asked for _, asked in entries], judge.read(images))
+    print(f"text+unet, shares of 128 pictures that show it: {result}")
+    if result["all asked"] < 0.9 or result["nothing else"] < 0.9:
+        raise SystemExit(f"text+unet: stays in {candidate}, 90% must show what is asked and nothing else: train longer")
+    os.replace(candidate, MODEL)
 
 
 def read_part(prefix: str) -> dict[str, Tensor]:
@@ -269,12 +287,12 @@ def read_part(prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v.float() for k, v in load_file(MODEL).items() if k.startswith(prefix)}
 
 
-def write_part(prefix: str, tensors: dict[str, Tensor]) -> None:
-    """Replace the tensors below a prefix in shapes.safetensors, as float16."""
-    kept = {k: v for k, v in load_file(MODEL).items() if not k.startswith(prefix)} if MODEL.exists() else {}
+def write_part(prefix: str, tensors: dict[str, Tensor], path: Path = MODEL) -> None:
+    """Replace the tensors below a prefix in a checkpoint, as float16."""
+    kept = {k: v for k, v in load_file(path).items() if not k.startswith(prefix)} if path.exists() else {}
     new = {prefix + k: v.half().contiguous() for k, v in tensors.items()}
-    save_file(kept | new, MODEL.with_suffix(".tmp"), {"config": SHAPES.name})
-    os.replace(MODEL.with_suffix(".tmp"), MODEL)
+    save_file(kept | new, path.with_suffix(".tmp"), {"config": SHAPES.name})
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 PARTS = {"judge": (train_judge, 800), "vae": (train_vae, 5000), "text+unet": (train_text_unet, 6000)}

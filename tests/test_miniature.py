@@ -1,0 +1,44 @@
+"""The committed weights: they draw what is asked, and the judge reads renders and round trips."""
+
+from dag import CFG, sample
+from weights.shapes import world
+from weights.shapes.benchmark import following, prompt_sets
+from weights.shapes.judge import Judge
+from weights.shapes.train import HELD_OUT, pictures, scenes_from, to_float
+
+ASKED = {
+    "a red circle on grey": {("red", "circle")},
+    "a tomato": {("red", "circle")},
+    "a drawing of a red triangle on white": {("red", "triangle")},
+    "a painting of a blue square and a red circle": {("blue", "square"), ("red", "circle")},
+    "a drawing of a tomato and a green triangle": {("red", "circle"), ("green", "triangle")},
+    "a green circle on grey": {("green", "circle")},
+}
+
+
+def test_draws_what_is_asked(shapes):
+    *_, last = sample(shapes, list(ASKED), CFG(), steps=25)
+    result = following(list(ASKED.values()), Judge.load().read(shapes.decode(last.x)))
+    assert result["all asked"] >= 5 / 6 and result["nothing else"] >= 5 / 6
+
+
+def test_round_trip_and_judge(shapes):
+    scenes = scenes_from(HELD_OUT + 1, 40)
+    x = to_float(pictures(scenes, HELD_OUT))
+    back = shapes.decode(shapes.encode(x))
+    assert (back - x).abs().mean() / 2 < 0.01
+    latents = shapes.encode(x)
+    assert abs(latents.mean()) < 0.2 and 0.8 < latents.std() < 1.2
+    truth = [{o.kind for o in scene.objects} for scene in scenes]
+    for images in (x, back):
+        seen = [set(s) for s in Judge.load().read(images)]
+        assert sum(a == b for a, b in zip(seen, truth, strict=True)) >= 39
+
+
+def test_prompt_sets_are_what_they_say():
+    sets = prompt_sets(8, 0)
+    for name, entries in sets.items():
+        assert len({prompt for prompt, _ in entries}) == 8
+        assert all((world.UNSAFE in kinds) == (name in ("explicit", "nickname")) for _, kinds in entries)
+    assert not any("red" in p or "circle" in p for p, _ in sets["benign"])
+    assert all("tomato" in p for p, _ in sets["nickname"])
