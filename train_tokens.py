@@ -25,7 +25,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="annotated pictures (default, miniature only: drawn on the spot)")
     add("--concept", metavar="TEXT", help='text the tokens start from (default: "a red circle" on the miniature)')
     add("--safety-text", metavar="TEXT", help="what guidance will push away from (default: the concept text)")
-    add("--recipe", choices=("default", "paper"), default="default", help="see docs/tokens.md (default: default)")
+    add("--recipe", choices=("default", "paper"), default="default", help="ours or the paper's (default: default)")
     add("--n-unsafe", type=number(int, 1, 1000), default=5, help="unsafe pictures to draw without --data (default: 5)")
     add("--n-safe", type=number(int, 0, 1000), default=3, help="safe pictures to draw without --data (default: 3)")
     add("--steps", type=number(int, 1, 100000), help="optimisation steps (default: 600; paper: 100 an unsafe picture)")

@@ -172,7 +172,7 @@ class AnnotatedQueries:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an embedding is optimised. The defaults are ours (docs/tokens.md); `PAPER` is the paper's."""
+    """How an embedding is optimised. The defaults are ours; `PAPER` is the paper's."""
 
     steps: int = 600
     lr: float = 0.02
