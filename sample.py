@@ -48,7 +48,7 @@ def side(text: str) -> int:
     return value
 
 
-SHEET = 64  # rows of the contact sheet at most
+SHEET = 64  # pictures of a method that the contact sheet shows at most
 METHODS = ("none", "dag", "dag-sld")
 
 
@@ -127,6 +127,21 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def check_text(sd, what: str, text: str) -> None:
+    """Warn of words that do not fit or that the model was never taught."""
+    if dropped := sd.text.dropped(text):
+        warn(f"{what} longer than {sd.config.text.max_length} tokens, dropped: '{dropped}'")
+    if unknown := sd.text.unknown(text):
+        warn(f"{what}: {sd.config.name} was not taught {', '.join(unknown)}; it knows {', '.join(sd.text.words())}")
+
+
+def write_text(path: Path, content: str) -> None:
+    """To a temporary name first, so that no half file is ever left."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "empty"
 
@@ -157,13 +172,13 @@ def guidance_of(name: str, sd, tokens, safety_text: str | None):
 
 
 def tokens_for(args: argparse.Namespace, sd):
-    """The guideline tokens: the files', or the miniature's own, or the plain text's with a warning."""
+    """(tokens, their file) a concept: the files given, or the miniature's own, or the plain text's with a warning."""
     import dag
     from dag.model import MINIATURE
 
     files = args.tokens or ([MINIATURE.with_name("red-circle.safetensors")] if args.ckpt is None else [])
-    tokens = [dag.GuidelineTokens.load(file) for file in files]
-    for concept in tokens:
+    tokens = [(dag.GuidelineTokens.load(file), file) for file in files]
+    for concept, _ in tokens:
         if message := concept.check(sd):
             warn(message)
     if tokens:
@@ -172,7 +187,7 @@ def tokens_for(args: argparse.Namespace, sd):
         f"tokens of '{sd.config.concept}' that were not optimised detect poorly; make some: `python train_tokens.py "
         f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --out FILE` and pass --tokens FILE"
     )
-    return [dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text)]
+    return [(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), None)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -192,47 +207,54 @@ def run(args: argparse.Namespace) -> int:
     scale = cfg.scale if args.scale is None else args.scale
     size = args.height or cfg.size, args.width or cfg.size
     for prompt in prompts:
-        if dropped := sd.text.dropped(prompt):
-            warn(f"prompt longer than {cfg.text.max_length} tokens, dropped: '{dropped}'")
-        if unknown := sd.text.unknown(prompt):
-            warn(f"{cfg.name} was not taught: {', '.join(unknown)}; it knows {', '.join(sd.text.words())}")
+        check_text(sd, "prompt", prompt)
+    if args.safety_text is not None:
+        check_text(sd, "--safety-text", args.safety_text)
     tokens = tokens_for(args, sd) if methods != ["none"] else []
     if tokens and args.steps <= cfg.dag.warmup:
         warn(f"--steps {args.steps} is not more than the warm-up of {cfg.dag.warmup} steps: nothing will be guided")
+    if args.save_maps and not tokens:
+        warn("--save-maps: --guidance none has no maps, nothing to save")
 
     settings = {
         "model": str(args.ckpt or cfg.name), "steps": args.steps, "scale": scale, "height": size[0], "width": size[1],
-        "device": device, "dtype": dtype, "tokens": [c.concept for c in tokens], "safety_text": args.safety_text,
+        "seed": args.seed, "n_images": args.n_images, "device": device, "dtype": dtype, "guidance": methods,
+        "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
+        "safety_texts": [c.safety_text if args.safety_text is None else args.safety_text for c, _ in tokens],
     }  # fmt: skip
+    concepts = [c for c, _ in tokens]
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n_images)]
     batch = max(1, 4 * 512 * 512 // (size[0] * size[1]))  # pictures drawn side by side
-    report, rows, status = [], [], 0
+    entries, said, shown, status = {}, {}, {}, 0  # by number of the picture and of the method
     try:
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
-            columns = []
-            for method in methods:
-                guidance = guidance_of(method, sd, tokens, args.safety_text)
+            for m, method in enumerate(methods):
+                guidance = guidance_of(method, sd, concepts, args.safety_text)
                 title = f"{method}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
                 bar = partial(tqdm, desc=title, total=args.steps, unit="step", leave=False)
-                columns.append(drawing.draw(sd, part, method, guidance, args.steps, scale, size, bar))
-            for k, row in enumerate(zip(*columns, strict=True)):
-                report += [save(d, start + k, args, settings, cfg.dag, len(methods) > 1) for d in row]
-                rows.append(row)
+                for k, d in enumerate(drawing.draw(sd, part, method, guidance, args.steps, scale, size, bar), start):
+                    entries[k, m] = save(d, k, args, settings, cfg.dag, len(methods) > 1)
+                    if d.maps is not None:
+                        said[k, m] = d.words(" or ".join(c.concept for c in concepts), cfg.dag)
+                    if k < SHEET:
+                        shown[k, m] = d
     except KeyboardInterrupt:
-        done = f"{len(report)} of {len(jobs) * len(methods)} pictures were finished and stay in {args.out}"
+        done = f"{len(entries)} of {len(jobs) * len(methods)} pictures were finished and stay in {args.out}"
         print(f"\ninterrupted: {done}", file=sys.stderr)
         status = 130
-    if rows:
-        pictures.save_png(drawing.sheet(rows[:SHEET], cfg.dag), args.out / "contact.png")
-    content = json.dumps({"settings": settings, "pictures": report}, indent=1, ensure_ascii=False)
-    temporary = args.out / "report.json.tmp"
-    temporary.write_text(content + "\n", encoding="utf-8")
-    os.replace(temporary, args.out / "report.json")
+    finally:  # a picture that is finished is never lost, whatever stopped the next one
+        every = range(len(methods))
+        rows = [tuple(shown[k, m] for m in every) for k in range(len(jobs)) if all((k, m) in shown for m in every)]
+        if rows:
+            pictures.save_png(drawing.sheet(rows, cfg.dag), args.out / "contact.png")
+        report = {"settings": settings, "pictures": [entries[key] for key in sorted(entries)]}
+        write_text(args.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     if status == 0:
-        for found in (d for row in rows for d in row if d.maps is not None):
-            print(found.words(" or ".join(c.concept for c in tokens), cfg.dag))
-        print(f"{len(report)} pictures, {args.out / 'contact.png'} and {args.out / 'report.json'}")
+        for key in sorted(said):
+            print(said[key])
+        cut = f" (its first {SHEET} rows)" if len(jobs) > SHEET else ""
+        print(f"{len(entries)} pictures, {args.out / 'contact.png'}{cut} and {args.out / 'report.json'}")
     return status
 
 

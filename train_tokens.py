@@ -7,15 +7,17 @@
 DIR holds NAME.png and NAME.mask.png (white where the concept is; no mask file: a safe picture), and optionally
 captions.json: {"NAME.png": "its prompt"} or {"NAME.png": {"prompt": "...", "seed": 3}}. With seeds for all pictures the
 queries are read along the trajectories they were drawn on, as in the paper, else from the pictures with noise added.
+A run that was stopped goes on from OUT.state when the same command is given again.
 """
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from sample import Parser, UsageError, guarded, number, open_model, warn, writable
+from sample import Parser, UsageError, check_text, guarded, number, open_model, warn, writable
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -28,7 +30,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--recipe", choices=("default", "paper"), default="default", help="ours or the paper's (default: default)")
     add("--n-unsafe", type=number(int, 1, 1000), default=5, help="unsafe pictures to draw without --data (default: 5)")
     add("--n-safe", type=number(int, 0, 1000), default=3, help="safe pictures to draw without --data (default: 3)")
-    add("--steps", type=number(int, 1, 100000), help="optimisation steps (default: 600; paper: 100 an unsafe picture)")
+    add("--steps", type=number(int, 1, 100000), help="optimisation steps (default: 1500; paper: 100 an unsafe picture)")
     add("--safe-weight", type=number(float, 0, 1000), default=1.0, help="of safe pictures in the loss (default: 1)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of pictures and optimisation (default: 0)")
     add("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
@@ -91,6 +93,11 @@ def read_folder(folder: Path, sd):
                 )
         pictures.append(from_pil(picture))
         masks.append(F.avg_pool2d(mask[None], sd.config.vae.factor))  # (1, H, W): the area average
+        if mask.max() > 0 and masks[-1].max() < 0.5:
+            side = sd.config.vae.factor
+            raise ValueError(
+                f"{mask_path}: covers no half of any {side} x {side} pixels, too small to learn; leave the picture out"
+            )
     prompts, seeds = [""] * len(names), None
     if (folder / "captions.json").exists():
         try:
@@ -111,8 +118,8 @@ def from_noised(sd, pictures, masks, prompts, levels: int = 25):
     from tqdm import tqdm
 
     from dag import ddim
+    from dag.optimisation import AnnotatedQueries
     from dag.sampling import noise
-    from dag.tokens import AnnotatedQueries
 
     data, context, latents = AnnotatedQueries(sd, masks), sd.text.encode(prompts), sd.encode(pictures).cpu()
     start = noise(list(range(len(latents))), latents.shape[1:])
@@ -127,8 +134,8 @@ def from_trajectories(sd, masks, prompts, seeds, height: int, width: int, levels
     from tqdm import tqdm
 
     import dag
+    from dag.optimisation import AnnotatedQueries
     from dag.sampling import noise
-    from dag.tokens import AnnotatedQueries
 
     data, context, factor = AnnotatedQueries(sd, masks), sd.text.encode(prompts), sd.config.vae.factor
     x = noise(seeds, (sd.config.unet.in_channels, height // factor, width // factor)).to(sd.device)
@@ -153,12 +160,11 @@ def draw(sd, unsafe: int, safe: int, seed: int):
 
 def show(data, tokens_before, tokens_after, pictures, path: Path, count: int = 8) -> None:
     """The contact sheet: picture | mask | map before | map after at three noise levels."""
-    import torch
     import torch.nn.functional as F
 
     from dag.pictures import contact_sheet, overlay, save_png, to_pil
 
-    unsafe = data.masks.amax((1, 2)) > 0
+    unsafe = data.unsafe
     order = [*unsafe.nonzero()[:count, 0].tolist(), *(~unsafe).nonzero()[:count, 0].tolist()]
     levels = [min(range(len(data.times)), key=lambda k: abs(data.times[k] - t)) for t in (801, 501, 201)]
     rows = []
@@ -168,12 +174,28 @@ def show(data, tokens_before, tokens_after, pictures, path: Path, count: int = 8
         cells = [picture, *to_pil(mask[None].expand(1, 3, -1, -1) * 2 - 1)]
         for k in levels:
             for tokens in (tokens_before, tokens_after):
-                raw = data.raw(tokens.embedding, k, [i]).mean(1)  # (1, H, W)
-                with torch.no_grad():
-                    cells.append(overlay(picture, tokens.normalise(raw, data.times[k])[0]))
+                A = tokens.detect(data.maps(tokens.embedding, k, [i]), data.times[k])  # (1, H, W)
+                cells.append(overlay(picture, A[0]))
         rows.append(("unsafe" if unsafe[i] else "safe", cells))
     heads = ["picture", "mask", *(f"t {data.times[k]} {when}" for k in levels for when in ("before", "after"))]
     save_png(contact_sheet(rows, heads, side=112), path)
+
+
+def resumed(path: Path, run: str) -> dict | None:
+    """The state of this very run that was stopped, if there is one."""
+    import torch
+
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, weights_only=True)
+    except Exception:  # a damaged pickle can raise anything
+        saved = {}
+    if saved.get("run") != run:
+        warn(f"{path}: is not the state of this run, which starts anew")
+        return None
+    print(f"going on from step {saved['state']['step']} ({path})")
+    return saved["state"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -192,12 +214,16 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from dag.config import Scaling
-    from dag.tokens import PAPER, GuidelineTokens, Recipe, TokenError, optimise, raise_lo
+    from dag.optimisation import PAPER, Recipe, optimise, raise_lo
+    from dag.tokens import GuidelineTokens, TokenError
 
     sd, *_ = open_model(args)
+    scaling = sd.config.dag.scaling
     concept = "a red circle" if args.concept is None else args.concept
-    before = GuidelineTokens.from_text(sd, concept, concept if args.safety_text is None else args.safety_text)
+    safety_text = concept if args.safety_text is None else args.safety_text
+    check_text(sd, "--concept", concept)
+    check_text(sd, "--safety-text", safety_text)
+    before = GuidelineTokens.from_text(sd, concept, safety_text)
     if args.data is not None:
         pictures, masks, prompts, seeds = read_folder(args.data, sd)
         if not (masks > 0).any():
@@ -210,33 +236,40 @@ def run(args: argparse.Namespace) -> int:
             data, _ = from_trajectories(sd, masks, prompts, seeds, *pictures.shape[2:])
     else:
         data, pictures = draw(sd, args.n_unsafe, args.n_safe, args.seed)
-    unsafe = int((data.masks.amax((1, 2)) > 0).sum())
+    unsafe = int(data.unsafe.sum())
     print(f"{unsafe} unsafe and {len(data.masks) - unsafe} safe pictures")
     if unsafe == len(data.masks):
         warn("no safe picture: nothing teaches the tokens what is not the concept; add some look-alikes")
 
     recipe = replace(PAPER, steps=100 * unsafe) if args.recipe == "paper" else Recipe(safe_weight=args.safe_weight)
     recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
+    what = [asdict(recipe), args.seed, before.fingerprint, concept, str(args.data), data.masks.sum().item()]
+    state_file = args.out.with_name(args.out.name + ".state")
+    state = resumed(state_file, json.dumps(what))
     torch.manual_seed(args.seed)
-    bar = tqdm(total=recipe.steps, desc="tokens", unit="step", leave=False)
-    for progress in optimise(data, before, recipe, args.seed):
+    bar = tqdm(total=recipe.steps, initial=state["step"] if state else 0, desc="tokens", unit="step", leave=False)
+    for progress in optimise(data, before, recipe, args.seed, state=state):
         bar.update()
         if progress.tokens is not None:
             after = progress.tokens
-            iou = sum(row[1] for row in data.measure(after, Scaling())) / len(data.times)
+            rough = data.measure(after, scaling, every=8)
+            iou = sum(row[1] for row in rough) / len(rough)
             bar.set_postfix(loss=f"{after.loss:.4f}", iou=f"{iou:.2f}")
+            torch.save({"run": json.dumps(what), "state": progress.state}, f"{state_file}.tmp")
+            os.replace(f"{state_file}.tmp", state_file)
     bar.close()
     after = after if recipe.joint else raise_lo(data, after)
-    measured = data.measure(after, Scaling())
+    measured = data.measure(after, scaling)
     after = replace(after, iou=sum(row[1] for row in measured) / len(measured))
     after.save(args.out)
     show(data, before, after, pictures, args.out.with_suffix(".png"))
+    state_file.unlink()
 
     held_out, name = data, "training pictures"
     if args.data is None:
         (held_out, _), name = draw(sd, 20, 20, args.seed + 77), "20 unsafe and 20 safe held-out pictures"
     print(f"{name}, loss {after.loss:.4f}\n   t   IoU  found  false")
-    for t, iou, found, false in held_out.measure(after, Scaling())[::4]:
+    for t, iou, found, false in held_out.measure(after, scaling, every=4):
         print(f"{t:4d}  {iou:.2f}   {found:.2f}   {false:.2f}")
     print(f"{args.out} and {args.out.with_suffix('.png')}")
     return 0

@@ -1,6 +1,7 @@
 """Detect-and-Guide on Stable Diffusion 1.4, from scratch.
 
-Reading order: config, attention, unet, vae, text, ddim, model, cam, tokens, scalers, guidance, sampling, pictures.
+Reading order: config, attention, unet, vae, text, ddim, model, cam, tokens, scalers, guidance, sampling,
+optimisation, drawing, pictures.
 
 Letters, the same in every file: b images or rows, h heads, n pixels of one layer, m text tokens, d channels of a head,
 g guideline rows (1 background + K concept), H x W latent grid, t timestep, s_g guidance scale.

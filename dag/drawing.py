@@ -111,7 +111,8 @@ def sheet(rows: list[tuple[Drawing, ...]], cfg: DAGConfig) -> Image.Image:
         flat = [d for (d,) in rows]
         parts = [flat[k : k + 4] for k in range(0, len(flat), 4)]
         return contact_sheet([(" | ".join(d.prompt for d in part), [d.image for d in part]) for part in parts], [])
-    heads = [head for d in rows[0] for head in ([] if d.maps is None else ["map"]) + [d.method]]
+    names = ["unguided" if d.method == "none" else f"guided: {d.method}" for d in rows[0]]
+    heads = [h for d, name in zip(rows[0], names, strict=True) for h in ([] if d.maps is None else ["map"]) + [name]]
     table = []
     for row in rows:
         cells = []

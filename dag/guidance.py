@@ -72,18 +72,19 @@ class DAG(CFG):
             raise ValueError(f"warm-up {cfg.warmup} must not be negative and top {cfg.top} must be in (0, 1]")
         if len({c.factors for c in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
-        self.tokens, self.base, self.cfg = tokens, base, cfg
+        self.tokens, self.base, self.given = tokens, base, cfg
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
     def start(self, sd, conditional: slice) -> Probe:
-        self.cfg = sd.config.dag if self.cfg is None else self.cfg
+        self.cfg = sd.config.dag if self.given is None else self.given
         self.probe = Probe(sd.unet, [c.embedding for c in self.tokens], self.tokens[0].factors, conditional)
         return self.probe
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
         eps = eps_0 + s_g * (eps_p - eps_0)
-        raw = self.probe.raw(*eps.shape[2:])  # (b, concepts, H, W)
-        A = torch.stack([c.normalise(raw[:, k], t) for k, c in enumerate(self.tokens)], 1)  # (b, concepts, H, W)
+        maps = self.probe.maps(*eps.shape[2:])  # (b, K, H, W) a concept
+        A = [c.detect(rows, t) for c, rows in zip(self.tokens, maps, strict=True)]  # (b, H, W) a concept
+        A = torch.stack(A, 1)  # (b, concepts, H, W)
         S = torch.stack([torch.stack([scale_map(a, self.cfg.scaling) for a in image]) for image in A])
         active = (S.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
         acting = S.argmax(1)  # (b, H, W)

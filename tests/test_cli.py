@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
+from dag import GuidelineTokens
 from tests.conftest import ROOT
 
 
@@ -33,6 +37,48 @@ def test_draws_and_reports(tmp_path, capsys):
     assert Image.open(tmp_path / "o" / "contact.png").width > 128
     assert not list((tmp_path / "o").glob("*.tmp"))
     assert "report.json" in capsys.readouterr().out
+
+
+def test_guided(tmp_path, capsys):
+    """Two methods side by side: a benign prompt's pictures are the same, the maps are written, all is reported."""
+    argv = ["--prompt", "a red circle on grey", "--prompt", "a blue star on night", "--guidance", "none,dag"]
+    assert sample.main([*argv, "--steps", "12", "--save-maps", "--seed", "3", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["guidance"] == ["none", "dag"]
+    assert report["settings"]["tokens"][0]["concept"] == "a red circle"
+    assert report["settings"]["tokens"][0]["file"].endswith("red-circle.safetensors")
+    assert report["settings"]["safety_texts"] == ["a red circle"]
+    plain, guided, star, same = report["pictures"]
+    assert [p["guidance"] for p in report["pictures"]] == ["none", "dag"] * 2
+    assert plain["unet_rows"] == 24 and plain["map_max"] is None and not plain["detected"]
+    assert guided["detected"] and guided["steps_guided"] > 0 and guided["not_guided_reason"] is None
+    assert guided["unet_rows"] == 24 + guided["steps_guided"] and guided["scale_max"] > 0
+    assert (same["detected"], same["steps_guided"], same["not_guided_reason"]) == (False, 0, "nothing found")
+
+    def pixels(entry):
+        return Image.open(tmp_path / entry["file"]).tobytes()
+
+    assert pixels(plain) != pixels(guided) and pixels(star) == pixels(same)
+    maps = np.load(tmp_path / guided["file"].replace(".png", "-maps.npy"))
+    assert maps.shape == (12, 16, 16) and maps[1:].max() == pytest.approx(guided["map_max"], abs=1e-3)
+    assert Image.open(tmp_path / guided["file"].replace(".png", "-maps.png")).width == 640
+    said = capsys.readouterr().out
+    assert "found a red circle" in said and "nothing found, 24 UNet rows, as without guidance" in said
+
+
+def test_tokens_of_another_model_or_width(tmp_path, capsys, random_model):
+    tokens = GuidelineTokens.from_text(random_model, "a red circle", "a red circle")
+    tokens.save(tmp_path / "other.safetensors")
+    replace(tokens, embedding=torch.zeros(3, 768)).save(tmp_path / "wide.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    argv = ["--prompt", "a red circle", "--steps", "1", "--out", str(tmp_path / "o"), "--tokens"]
+    assert sample.main([*argv, str(tmp_path / "other.safetensors")]) == 0
+    said = lines(capsys)
+    assert "trained on another model" in said[0] and "nothing will be guided" in said[1]
+    assert sample.main([*argv, str(tmp_path / "wide.safetensors")]) == 1
+    assert "are 768 wide, shapes needs 128" in lines(capsys)[-1]
+    assert sample.main([*argv, str(tmp_path / "text.safetensors")]) == 1
+    assert "not a token file" in lines(capsys)[-1]
 
 
 def test_same_seed_same_picture_in_any_batch(tmp_path):
@@ -67,6 +113,7 @@ USAGE = {
     "n-images": (["--n-images", "0"], "argument --n-images: 0 is out of range"),
     "nan": (["--scale", "nan"], "argument --scale: nan is out of range"),
     "negative scale": (["--scale", "-1"], "argument --scale: -1 is out of range"),
+    "guidance": (["--guidance", "none,foo"], "argument --guidance: unknown method 'foo', expected a list of none, dag"),
     "dtype": (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "device": (["--device", "quantum"], "--device quantum: not available here"),
     "flag": (["--promt", "x"], "unrecognized arguments: --promt x"),
@@ -119,12 +166,17 @@ def test_warnings(tmp_path, capsys):
         "a red circle and " * 6,
         "--prompt",
         "",
+        "--save-maps",
+        "--safety-text",
+        "a scarlet circle",
     ]
     assert sample.main([*argv, "--out", str(tmp_path)]) == 0
     said = [line for line in lines(capsys) if line.startswith("warning")]
-    assert "was not taught: pink" in said[0]
+    assert "prompt: shapes was not taught pink" in said[0]
     assert "longer than 24 tokens, dropped: 'circle and" in said[1]
-    assert len(said) == 2
+    assert "--safety-text: shapes was not taught scarlet" in said[2]
+    assert "--save-maps: --guidance none has no maps" in said[3]
+    assert len(said) == 4
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):

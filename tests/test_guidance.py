@@ -45,16 +45,16 @@ def test_probe_reads_the_conditional_rows_and_changes_nothing(random_model, toke
     context = sd.text.encode(["", "", "a red circle", "a blue star"])
     probe = Probe(sd.unet, [tokens.embedding], tokens.factors, slice(2, 4))
     assert torch.equal(sd.unet(x, t, context, probe), sd.unet(x, t, context))
-    raw = probe.raw(16, 24)
-    assert raw.shape == (2, 1, 16, 24) and (raw > 0).all() and (raw < 1).all()
+    (raw,) = probe.maps(16, 24)
+    assert raw.shape == (2, 3, 16, 24) and (raw > 0).all() and (raw < 1).all()
     alone = Probe(sd.unet, [tokens.embedding], tokens.factors)
     sd.unet(x[2:], t[2:], context[2:], alone)
-    assert torch.allclose(raw, alone.raw(16, 24), atol=1e-5)
+    assert torch.allclose(raw, alone.maps(16, 24)[0], atol=1e-5)
 
 
 def test_probe_looks_at_the_layers_of_its_factors(random_model, tokens):
     probe = Probe(random_model.unet, [tokens.embedding], (2, 4))
-    assert sorted(probe.factors.values()) == [2] * 5 + [4] * 5
+    assert sorted(probe.layers.values()) == [2] * 5 + [4] * 5
     layer = next(iter(probe.keys))
     assert torch.equal(probe.keys[layer], key_differences(layer, tokens.embedding))
 
@@ -168,7 +168,7 @@ def test_lazy_equals_eager(random_model, tokens, base):
     x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)])
     for i, step in enumerate(steps):
         eps_0, eps_p, eps_s = sd.unet(torch.cat([x, x, x]), torch.full((12,), step.t), context, probe).chunk(3)
-        A = tokens.normalise(probe.raw(16, 16)[:, 0], step.t)
+        A = tokens.detect(probe.maps(16, 16)[0], step.t)
         S = torch.stack([scale_map(a, cfg.scaling) for a in A])[:, None] * (i >= cfg.warmup)
         d = eps_s - eps_0
         M = torch.ones_like(d)
@@ -182,6 +182,30 @@ def test_lazy_equals_eager(random_model, tokens, base):
         assert (x - step.x).abs().max() <= 1e-5 * max(1.0, x.abs().max().item())
         x = step.x
     assert any(s.guided.any() for s in steps)
+
+
+class Eager(DAG):
+    """The safety branch for every image at every step, as SLD and SEGA run it."""
+
+    def __call__(self, i, t, eps_0, eps_p, s_g, safety_eps):
+        every = safety_eps(0, list(range(len(eps_0))))
+        return super().__call__(i, t, eps_0, eps_p, s_g, lambda concept, images: every[images])
+
+
+def test_the_lazy_branch_is_the_eager_one(random_model, tokens):
+    """For one image bit for bit; in a mixed batch, where the branch runs on fewer rows, up to float noise."""
+    cfg = DAGConfig(warmup=2)
+    lazy, eager = (run(random_model, method(tokens, cfg=cfg)) for method in (DAG, Eager))
+    ever = torch.stack([s.guided for s in lazy]).any(0)
+    assert ever.any() and not ever.all()
+    scale = lazy[-1].x.abs().max()
+    assert (lazy[-1].x - eager[-1].x).abs().max() <= 1e-5 * scale
+    k = int(ever.nonzero()[0, 0])
+    alone = [list(sample(random_model, [PROMPTS[k]], method(tokens, cfg=cfg), 8, 5.0, [k])) for method in (DAG, Eager)]
+    assert any(s.guided.any() for s in alone[0])
+    for a, b in zip(*alone, strict=True):
+        assert torch.equal(a.x, b.x)
+    assert {int(s.rows) for s in alone[1]} == {3} and {int(s.rows) for s in alone[0]} == {2, 3}
 
 
 def test_same_start_with_any_guidance(random_model, tokens):

@@ -1,8 +1,10 @@
 """The committed weights: they draw what is asked, and the judge reads renders and round trips."""
 
+import torch
+
 from dag import CFG, sample
 from weights.shapes import world
-from weights.shapes.benchmark import following, prompt_sets
+from weights.shapes.benchmark import clean, following, prompt_sets
 from weights.shapes.judge import Judge
 from weights.shapes.train import HELD_OUT, pictures, scenes_from, to_float
 
@@ -33,6 +35,19 @@ def test_round_trip_and_judge(shapes):
     for images in (x, back):
         seen = [set(s) for s in Judge.load().read(images)]
         assert sum(a == b for a, b in zip(seen, truth, strict=True)) >= 39
+
+
+def test_clean_tells_things_from_noise():
+    """Every object of a render is a proper thing, wherever one looks; the same place filled with noise is not."""
+    scenes = scenes_from(HELD_OUT + 2, 60)
+    x, judge = to_float(pictures(scenes, HELD_OUT + 2)), Judge.load()
+    place = torch.zeros(128, 128, dtype=torch.bool)
+    place[40:88, 40:88] = True
+    assert sum(clean(p, place, seen) for p, seen in zip(x, judge.read(x), strict=True)) >= 57
+    red, yellow = (torch.tensor(world.COLOURS[c])[:, None, None] / 127.5 - 1 for c in ("red", "yellow"))
+    mottled = torch.where(torch.rand(60, 1, 128, 128) < 0.5, red, yellow)
+    noisy = torch.where(place, mottled, x)
+    assert sum(clean(p, place, seen) for p, seen in zip(noisy, judge.read(noisy), strict=True)) <= 3
 
 
 def test_prompt_sets_are_what_they_say():

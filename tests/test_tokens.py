@@ -1,6 +1,7 @@
 """Token files and the optimisation."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 import train_tokens
 from dag import GuidelineTokens
 from dag.config import Scaling
-from dag.tokens import AnnotatedQueries, Recipe, TokenError, optimise, raise_lo
+from dag.optimisation import PAPER, AnnotatedQueries, Recipe, optimise, raise_lo, widened
+from dag.tokens import TokenError
 
 
 @pytest.fixture()
@@ -24,6 +26,21 @@ def test_from_text(random_model, tokens):
     assert torch.equal(tokens.embedding, hidden[:4])  # start, a, red, circle
     with pytest.raises(TokenError, match="empty"):
         GuidelineTokens.from_text(random_model, "", "x")
+
+
+def test_rows_make_one_map(tokens):
+    maps = torch.tensor([[[[0.9, 0.2]], [[0.5, 0.8]]]])  # (1, 2, 1, 2)
+    assert torch.equal(tokens.raw(maps), torch.tensor([[[0.7, 0.5]]]))
+    every = GuidelineTokens(**{**vars(tokens), "rows": "min", "levels": (1,), "lo": (0.1,), "hi": (0.9,)})
+    assert torch.equal(every.raw(maps), torch.tensor([[[0.5, 0.2]]]))
+    assert torch.allclose(every.detect(maps, 5), torch.tensor([[[0.5, 0.125]]]))
+
+
+def test_widened(tokens):
+    wide = widened(tokens.embedding, 8, seed=0)
+    assert len(wide) == 9 and torch.equal(wide[:4], tokens.embedding)
+    assert len({tuple(row) for row in wide.tolist()}) == 9
+    assert torch.equal(widened(tokens.embedding, 2, seed=0), tokens.embedding)
 
 
 def test_round_trip(tmp_path, tokens):
@@ -71,7 +88,7 @@ def queries(random_model):
     return data
 
 
-@pytest.mark.parametrize("recipe", [Recipe(steps=30), Recipe(steps=30, lr=200.0, joint=True)], ids=["default", "paper"])
+@pytest.mark.parametrize("recipe", [Recipe(steps=30), replace(PAPER, steps=30)], ids=["default", "paper"])
 def test_thirty_steps_lower_the_loss(queries, tokens, recipe):
     progress = list(optimise(queries, tokens, recipe, every=5))
     assert len(progress) == 30
@@ -84,6 +101,16 @@ def test_thirty_steps_lower_the_loss(queries, tokens, recipe):
 def test_optimisation_is_deterministic(queries, tokens):
     first, second = ([*optimise(queries, tokens, Recipe(steps=6), seed=3)][-1].tokens for _ in range(2))
     assert torch.equal(first.embedding, second.embedding)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(steps=12), replace(PAPER, steps=12)], ids=["default", "paper"])
+def test_a_stopped_optimisation_goes_on_as_if_never_stopped(queries, tokens, recipe, tmp_path):
+    *_, whole = optimise(queries, tokens, recipe, every=4)
+    stopped = next(p for p in optimise(queries, tokens, recipe, every=4) if p.step == 8)
+    torch.save(stopped.state, tmp_path / "state")
+    rest = list(optimise(queries, tokens, recipe, every=4, state=torch.load(tmp_path / "state", weights_only=True)))
+    assert [p.step for p in rest] == [8, 9, 10, 11, 12]
+    assert torch.equal(rest[-1].tokens.embedding, whole.tokens.embedding) and rest[-1].tokens.lo == whole.tokens.lo
 
 
 def test_raise_lo(queries, tokens):
@@ -106,7 +133,13 @@ def picture(path, size=(128, 128), value=90):
     )
 
 
-def folder(path, **changes):
+def speck(path):
+    stencil = Image.new("L", (128, 128))
+    stencil.paste(255, (32, 32, 34, 34))
+    stencil.save(path)
+
+
+def folder(path):
     path.mkdir()
     picture(path / "a.png")
     stencil = np.zeros((128, 128), np.uint8)
@@ -116,14 +149,26 @@ def folder(path, **changes):
     (path / "captions.json").write_text(json.dumps({"a.png": "a red square", "b.png": "a blue star"}))
 
 
-def test_cli_on_a_folder(tmp_path, capsys):
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_cli_on_a_folder(tmp_path, capsys, monkeypatch):
+    """Stopped after the optimisation, then given again: it goes on and leaves no state behind."""
     folder(tmp_path / "data")
     out = tmp_path / "t.safetensors"
-    assert train_tokens.main(["--data", str(tmp_path / "data"), "--steps", "10", "--out", str(out)]) == 0
+    argv = ["--data", str(tmp_path / "data"), "--steps", "60", "--dtype", "bfloat16", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(GuidelineTokens, "save", interrupted)
+        assert train_tokens.main(argv) == 130
+    assert not out.exists()
+    assert train_tokens.main(argv) == 0
     tokens = GuidelineTokens.load(out)
     assert tokens.concept == tokens.safety_text == "a red circle" and tokens.loss > 0
     assert out.with_suffix(".png").exists()
-    assert "1 unsafe and 1 safe pictures" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 unsafe and 1 safe pictures" in said and "going on from step 60" in said
+    assert not list(tmp_path.glob("*.state*"))
 
 
 def test_cli_draws_its_own(tmp_path, capsys):
@@ -139,6 +184,7 @@ BAD = {
     "mask without picture": (lambda d: (folder(d), picture(d / "z.mask.png")), "a mask without its picture"),
     "size": (lambda d: (folder(d), picture(d / "a.mask.png", (64, 64))), "expected the same"),
     "zero mask": (lambda d: (folder(d), picture(d / "b.mask.png", value=0)), "all zero"),
+    "small mask": (lambda d: (folder(d), speck(d / "b.mask.png")), "too small to learn"),
     "only safe": (lambda d: (folder(d), (d / "a.mask.png").unlink()), "no unsafe picture"),
     "not a picture": (lambda d: (folder(d), (d / "a.png").write_text("x")), "not a readable picture"),
     "captions": (lambda d: (folder(d), (d / "captions.json").write_text("[1]")), "expected a JSON object"),
