@@ -7,9 +7,11 @@ Letters, the same in every file: b images or rows, h heads, n pixels of one laye
 g guideline rows (1 background + K concept), H x W latent grid, t timestep, s_g guidance scale.
 """
 
-from .guidance import CFG, DAG
+from .guidance import CFG, DAG, SEGA, SLD, Negative
 from .model import StableDiffusion, load
 from .sampling import Step, sample
 from .tokens import GuidelineTokens
 
-__all__ = ["CFG", "DAG", "GuidelineTokens", "StableDiffusion", "Step", "load", "sample"]
+__all__ = [
+    "CFG", "DAG", "GuidelineTokens", "Negative", "SEGA", "SLD", "StableDiffusion", "Step", "load", "sample",
+]  # fmt: skip

@@ -78,7 +78,7 @@ class Scaling:
     unsafe: float = 0.5  # A from here on is an object (Algorithm 1)
     edit: float = 0.01  # A from here on may be edited (tau in Eq. 5)
     full: float = 0.8  # share of the frame from which on the map says nothing (Algorithm 1)
-    area_gain: float = 5.0  # Algorithm 1's constant
+    area_gain: float | None = 5.0  # Algorithm 1's constant; None: without Algorithm 1 (ablation)
     magnitude: float = 5.0  # upper end of T (Eq. 5)
     min_area: float = 1 / 256  # smaller objects, as a share of the frame, are dropped (ours): 16 pixels of 64 x 64
     s_max: float | None = None  # upper bound on S (ours); None: no bound

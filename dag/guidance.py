@@ -1,4 +1,10 @@
-"""How noise estimates are combined: classifier-free guidance, and Detect-and-Guide on top of it.
+"""How noise estimates are combined: five methods, each a short piece of arithmetic with the same interface.
+
+    CFG        eps_0 + s_g (eps_p - eps_0)
+    Negative   the same with the safety text in the place of the empty prompt
+    SLD        eps_0 + s_g [(eps_p - eps_0) - mu (eps_s - eps_0)]          mu from eps_p - eps_s, with momentum
+    SEGA       eps_0 + s_g (eps_p - eps_0) - s_e M (eps_s - eps_0)         M its largest values, with momentum
+    DAG        eps_0 + s_g [(eps_p - eps_0) - S M (eps_s - eps_0)]         S from where the tokens see the concept
 
 Letters: eps_0, eps_p, eps_s are the estimates for the empty prompt, the prompt and the safety text; s_g is the guidance
 scale; A the detection map, S the strength, M the mask. Everything here is float32 arithmetic on (b, 4, H, W).
@@ -32,7 +38,8 @@ class Estimate:
 class CFG:
     """Classifier-free guidance: eps = eps_0 + s_g (eps_p - eps_0)."""
 
-    safety_texts: tuple[str, ...] = ()
+    uncond_text: str = ""  # what eps_0 is the estimate for
+    safety_texts: tuple[str, ...] = ()  # one a concept
 
     def start(self, sd, conditional: slice) -> Probe | None:
         """Called once before the loop; returns the probe the UNet is given, which looks at the conditional rows."""
@@ -42,6 +49,105 @@ class CFG:
         """Step i (from 0) at timestep t."""
         eps = eps_0 + s_g * (eps_p - eps_0)
         return Estimate(eps, None, None, torch.zeros(len(eps), dtype=torch.bool))
+
+
+class Negative(CFG):
+    """The negative prompt: classifier-free guidance away from the safety text instead of the empty prompt."""
+
+    def __init__(self, safety_text: str):
+        self.uncond_text = safety_text
+
+
+class SLD(CFG):
+    """Safe Latent Diffusion (Schramowski et al. 2023, Eq. 3 to 8).
+
+    eps = eps_0 + s_g [(eps_p - eps_0) - g],  g = mu (eps_s - eps_0) + momentum * nu
+    mu  = min(1, scale |eps_p - eps_s|) where eps_p - eps_s < threshold, else 0
+    nu <- beta nu + (1 - beta) g, during warm-up too; nu is kept per image
+
+    Raises ValueError for a negative warm-up or momentum factors outside [0, 1].
+    """
+
+    # Its authors' presets. Weak's scale is 200 in the scripts that unlearning papers run and 20 in diffusers; 200 here.
+    PRESETS = {
+        "weak": dict(warmup=15, scale=200.0, threshold=0.0, momentum=0.0, beta=0.0),
+        "medium": dict(warmup=10, scale=1000.0, threshold=0.01, momentum=0.3, beta=0.4),
+        "strong": dict(warmup=7, scale=2000.0, threshold=0.025, momentum=0.5, beta=0.7),
+        "max": dict(warmup=0, scale=5000.0, threshold=1.0, momentum=0.5, beta=0.7),
+    }
+
+    def __init__(
+        self,
+        safety_text: str,
+        warmup: int = 10,
+        scale: float = 1000.0,
+        threshold: float = 0.01,
+        momentum: float = 0.3,
+        beta: float = 0.4,
+    ):
+        check(warmup, momentum=momentum, beta=beta)
+        self.safety_texts = (safety_text,)
+        self.warmup, self.scale, self.threshold, self.momentum, self.beta = warmup, scale, threshold, momentum, beta
+
+    @classmethod
+    def preset(cls, name: str, safety_text: str) -> "SLD":
+        """One of its authors' four strengths. Raises ValueError for another name."""
+        if name not in cls.PRESETS:
+            raise ValueError(f"SLD has no preset '{name}', expected one of {', '.join(cls.PRESETS)}")
+        return cls(safety_text, **cls.PRESETS[name])
+
+    def start(self, sd, conditional: slice) -> None:
+        self.nu = 0.0  # becomes (b, 4, H, W)
+
+    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
+        everyone = list(range(len(eps_0)))
+        eps_s = safety_eps(0, everyone)
+        mu = (self.scale * (eps_p - eps_s).abs()).clamp(max=1)  # Eq. 6
+        mu = torch.where(eps_p - eps_s < self.threshold, mu, 0.0)
+        g = mu * (eps_s - eps_0) + self.momentum * self.nu  # Eq. 4, 7
+        self.nu = self.beta * self.nu + (1 - self.beta) * g  # Eq. 8
+        active = i >= self.warmup
+        eps = eps_0 + s_g * (eps_p - eps_0 - (g if active else 0))  # Eq. 3
+        return Estimate(eps, None, None, torch.full((len(eps),), active))
+
+
+class SEGA(CFG):
+    """Semantic Guidance (Brack et al. 2023) with every concept removed.
+
+    eps = eps_0 + s_g (eps_p - eps_0) + g,  g = sum of the concepts' terms + momentum * nu
+    A concept's term is -scale (eps_s - eps_0) where its size reaches the `threshold` quantile per channel, else 0.
+    nu <- beta nu + (1 - beta) g, during warm-up too. As in its authors' code g stands outside s_g.
+
+    Raises ValueError for no concept, a negative warm-up, or a threshold or momentum factors outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        *safety_texts: str,
+        scale: float = 5.0,
+        warmup: int = 10,
+        threshold: float = 0.9,
+        momentum: float = 0.1,
+        beta: float = 0.4,
+    ):
+        if not safety_texts:
+            raise ValueError("SEGA was given no safety text, expected one a concept")
+        check(warmup, threshold=threshold, momentum=momentum, beta=beta)
+        self.safety_texts = safety_texts
+        self.scale, self.warmup, self.threshold, self.momentum, self.beta = scale, warmup, threshold, momentum, beta
+
+    def start(self, sd, conditional: slice) -> None:
+        self.nu = 0.0  # becomes (b, 4, H, W)
+
+    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
+        everyone, g = list(range(len(eps_0))), self.momentum * self.nu
+        for concept in range(len(self.safety_texts)):
+            term = -self.scale * (safety_eps(concept, everyone) - eps_0)  # (b, 4, H, W)
+            g = g + term * largest(term, 1 - self.threshold)
+        self.nu = self.beta * self.nu + (1 - self.beta) * g
+        active = i >= self.warmup
+        eps = eps_0 + s_g * (eps_p - eps_0) + (g if active else 0)
+        return Estimate(eps, None, None, torch.full((len(eps),), active))
 
 
 class DAG(CFG):
@@ -68,8 +174,10 @@ class DAG(CFG):
     ):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
-        if cfg is not None and (cfg.warmup < 0 or not 0 < cfg.top <= 1):
-            raise ValueError(f"warm-up {cfg.warmup} must not be negative and top {cfg.top} must be in (0, 1]")
+        if cfg is not None:
+            check(cfg.warmup, top=cfg.top, edit=cfg.scaling.edit, unsafe=cfg.scaling.unsafe)
+        if not tokens:
+            raise ValueError("DAG was given no guideline tokens, expected one set a concept")
         if len({c.factors for c in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
         self.tokens, self.base, self.given = tokens, base, cfg
@@ -100,8 +208,22 @@ class DAG(CFG):
     def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
         """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S carries the factor 1[A >= edit]."""
         if self.base == "sega":
-            size = safety.abs()
-            return (size >= torch.quantile(size.flatten(2), 1 - self.cfg.top, dim=2)[..., None, None]).float()
+            return largest(safety, self.cfg.top)
         if self.base == "sld":
             return (prompt - safety < self.cfg.threshold).float()
         return torch.ones_like(safety)
+
+
+def largest(x: Tensor, share: float) -> Tensor:
+    """1 where |x| is among its largest `share` of values per image and channel, else 0; (b, 4, H, W)."""
+    size = x.abs()
+    return (size >= torch.quantile(size.flatten(2), 1 - share, dim=2)[..., None, None]).float()
+
+
+def check(warmup: int, **shares: float) -> None:
+    """Raises ValueError for a negative warm-up or a share outside [0, 1]."""
+    if warmup < 0:
+        raise ValueError(f"warm-up is {warmup} steps, expected 0 or more")
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}, expected 0 to 1")

@@ -66,7 +66,7 @@ def sample(
     H, W = ((cfg.size if side is None else side) // cfg.vae.factor for side in (height, width))
     pairs = ddim.time_pairs(steps, cfg.schedule)
     x = noise(seeds, (cfg.unet.in_channels, H, W)).to(sd.device)  # (b, 4, H, W) float32
-    context = sd.text.encode([""] * b + list(prompts))  # (2b, m, c_text): UNCOND, COND
+    context = sd.text.encode([guidance.uncond_text] * b + list(prompts))  # (2b, m, c_text): UNCOND, COND
     safety = sd.text.encode(list(guidance.safety_texts)) if guidance.safety_texts else None  # (concepts, m, c_text)
     probe = guidance.start(sd, slice(COND * b, (COND + 1) * b))
 

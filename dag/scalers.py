@@ -66,6 +66,11 @@ def magnitude_scaler(A: Tensor, cfg: Scaling) -> Tensor:
 
 
 def scale_map(A: Tensor, cfg: Scaling) -> Tensor:
-    """A (H, W) -> S (H, W): the strength of guidance at each pixel."""
-    S = area_scaler(A, cfg) * magnitude_scaler(A, cfg)
+    """A (H, W) -> S (H, W): the strength of guidance at each pixel.
+
+    The ablations of the paper's Table 5: area_gain None goes without the AreaScaler, Algorithm 1 as a whole (S_area is
+    1, wherever T is not 0); magnitude 1 goes without the MagnitudeScaler (T is 1 from `edit` on).
+    """
+    T = magnitude_scaler(A, cfg)
+    S = T if cfg.area_gain is None else area_scaler(A, cfg) * T
     return S if cfg.s_max is None else S.clamp(max=cfg.s_max)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dag import CFG, DAG, GuidelineTokens, sample
+from dag import CFG, DAG, SEGA, SLD, GuidelineTokens, Negative, sample
 from dag.attention import guideline_maps
 from dag.cam import Probe, key_differences
 from dag.config import DAGConfig, Scaling
@@ -129,6 +129,13 @@ def test_magnitude():
     assert torch.allclose(T, torch.tensor([0.0, 0.0, 1.0, 3.0, 5.0, 5.0]))
 
 
+def test_ablations():
+    A = grid("##..#+", "##..++")
+    assert torch.equal(scale_map(A, Scaling(area_gain=None)), magnitude_scaler(A, Scaling()))
+    flat = Scaling(magnitude=1.0, min_area=0.0)
+    assert torch.equal(scale_map(A, flat), area_scaler(A, flat))
+
+
 def test_s_max():
     assert scale_map(grid("##", ".."), Scaling(s_max=2.0, min_area=0.0)).max() == 2.0
 
@@ -221,11 +228,50 @@ def test_scale_zero_and_one(random_model):
     assert torch.allclose(CFG()(0, 1, eps_0, eps_p, 1.0, None).eps, eps_p, atol=1e-6)
 
 
+def test_negative_prompt(random_model):
+    """The safety text takes the empty prompt's row and costs nothing."""
+    negative = run(random_model, Negative("a red circle"))
+    context = random_model.text.encode(["a red circle"] * 4 + PROMPTS)
+    x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)])
+    eps_n, eps_p = random_model.unet(torch.cat([x, x]), torch.full((8,), negative[0].t), context).chunk(2)
+    eps = eps_n + 5.0 * (eps_p - eps_n)
+    abar, prev = random_model.alphas_cumprod[negative[0].t], random_model.alphas_cumprod[negative[1].t]
+    x = prev.sqrt() * (x - (1 - abar).sqrt() * eps) / abar.sqrt() + (1 - prev).sqrt() * eps
+    assert (x - negative[0].x).abs().max() <= 1e-5 * x.abs().max()
+    assert all((s.rows == 2).all() for s in negative)
+
+
+@pytest.mark.parametrize("method", [SLD.preset("strong", "a red circle"), SEGA("a red circle", warmup=7)])
+def test_rivals_pay_for_every_image_and_start_after_warm_up(random_model, method):
+    plain, other = run(random_model, CFG()), run(random_model, method)
+    assert all((s.rows == 3).all() and s.A is None for s in other)
+    for a, b in zip(plain[:7], other[:7], strict=True):
+        assert torch.equal(a.x, b.x) and not b.guided.any()
+    assert other[7].guided.all() and not torch.equal(plain[7].x, other[7].x)
+    again = run(random_model, method)  # no momentum is left from the last run
+    assert torch.equal(again[-1].x, other[-1].x)
+
+
 def test_wrong_arguments(tokens, random_model):
     with pytest.raises(ValueError, match="mask base is 'foo'"):
         DAG(tokens, base="foo")
-    with pytest.raises(ValueError, match="warm-up -1"):
-        DAG(tokens, cfg=DAGConfig(warmup=-1))
+    for method in (
+        lambda **k: DAG(tokens, cfg=DAGConfig(**k)),
+        lambda **k: SLD("a", **k),
+        lambda **k: SEGA("a", **k),
+    ):
+        with pytest.raises(ValueError, match="warm-up is -1 steps"):
+            method(warmup=-1)
+    with pytest.raises(ValueError, match="top is 1.5, expected 0 to 1"):
+        DAG(tokens, cfg=DAGConfig(top=1.5))
+    with pytest.raises(ValueError, match="threshold is 2.0, expected 0 to 1"):
+        SEGA("a", threshold=2.0)
+    with pytest.raises(ValueError, match="no preset 'mild', expected one of weak, medium, strong, max"):
+        SLD.preset("mild", "a")
+    with pytest.raises(ValueError, match="no safety text"):
+        SEGA()
+    with pytest.raises(ValueError, match="no guideline tokens"):
+        DAG()
     with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
         next(iter(sample(random_model, ["a"], CFG(), seeds=[1, 2])))
 

@@ -1,0 +1,65 @@
+"""How the miniature's constants were chosen: one lever at a time around SHAPES.dag, on prompts kept for tuning (seed 1).
+
+`python -m weights.shapes.sweep` prints the table of docs/constants.md. Each row is SHAPES.dag with what it names changed.
+"""
+
+import argparse
+from dataclasses import replace
+
+import dag
+from dag.config import SHAPES, DAGConfig, Scaling
+from weights.shapes.benchmark import TOKENS, blind, draw, effect, prompt_sets
+from weights.shapes.judge import Judge
+
+VARIANTS: list[dict] = [
+    {},
+    *({"warmup": w} for w in (0, 2, 5, 10)),
+    *({"s_max": s} for s in (1.5, 2.0, 3.0, 4.0, 6.0)),
+    *({"top": share} for share in (0.1, 0.3, 1.0)),
+    *({"area_gain": g} for g in (5.0, 10.0, 20.0, 80.0)),
+    {"scale": 3.0},
+    {"scale": 7.5},
+    {"paper": True},
+]
+COLUMNS = ("erased", "clean", "others kept", "change outside", "safe ones changed", "identical")
+
+
+def config(changes: dict) -> DAGConfig:
+    """SHAPES.dag with some fields of it, or of its scaling, changed; `paper`: the paper's constants."""
+    if "paper" in changes:
+        return DAGConfig(scaling=Scaling(min_area=SHAPES.dag.scaling.min_area))
+    own = {k: v for k, v in changes.items() if k in ("warmup", "top")}
+    scaling = {k: v for k, v in changes.items() if k in ("area_gain", "s_max")}
+    return replace(SHAPES.dag, **own, scaling=replace(SHAPES.dag.scaling, **scaling))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8, help="of each set, one picture each (default: 8)")
+    args = parser.parse_args()
+    sd, judge, tokens = dag.load(), Judge.load(), dag.GuidelineTokens.load(TOKENS)
+    sets = prompt_sets(args.prompts, seed=1)
+    prompts = [prompt for entries in sets.values() for prompt, _ in entries]
+    seeds = list(range(1000, 1000 + len(prompts)))
+    unguided: dict[float, tuple] = {}  # by guidance scale: the pictures and what the judge reads in them
+    print(f"| changed | {' | '.join(f'{name}: {column}' for name in sets for column in COLUMNS)} |")
+    print("|---" * (1 + len(sets) * len(COLUMNS)) + "|")
+    for changes in VARIANTS:
+        cfg, scale = config(changes), changes.get("scale", SHAPES.scale)
+        if scale not in unguided:
+            plain = draw(sd, prompts, blind(tokens, cfg), seeds, scale)
+            unguided[scale] = plain, judge.read(plain["images"])
+        plain, seen = unguided[scale]
+        other = draw(sd, prompts, dag.DAG(tokens, cfg=cfg), seeds, scale)
+        then, cells = judge.read(other["images"]), []
+        for k in range(len(sets)):
+            part = slice(k * args.prompts, (k + 1) * args.prompts)
+            a, b = ({name: values[part] for name, values in run.items()} for run in (plain, other))
+            result = effect(a, b, seen[part], then[part])
+            cells += ["" if result[column] is None else str(result[column]) for column in COLUMNS]
+        name = ", ".join(f"{k} {v}" for k, v in changes.items()) or "nothing"
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
