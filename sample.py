@@ -49,7 +49,7 @@ def side(text: str) -> int:
 
 
 SHEET = 64  # pictures of a method that the contact sheet shows at most
-METHODS = ("none", "dag", "dag-sld")
+METHODS = ("none", "negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "dag", "dag-sld")
 
 
 def methods_of(text: str) -> list[str]:
@@ -162,13 +162,18 @@ def open_model(args: argparse.Namespace):
     return dag.load(args.ckpt, device, getattr(torch, name)), device, name
 
 
-def guidance_of(name: str, sd, tokens, safety_text: str | None):
-    """The method of a column."""
+def guidance_of(name: str, tokens, safety_texts: list[str], safety_text: str | None):
+    """The method of a column, one of METHODS."""
     import dag
 
     if name == "none":
         return dag.CFG()
-    return dag.DAG(*tokens, safety_text=safety_text, base="sld" if name == "dag-sld" else "sega")
+    if name.startswith("dag"):
+        return dag.DAG(*tokens, safety_text=safety_text, base="sld" if name == "dag-sld" else "sega")
+    if name == "sega":
+        return dag.SEGA(*safety_texts)
+    everything = ", ".join(safety_texts)  # the others know one concept
+    return dag.Negative(everything) if name == "negative" else dag.SLD.preset(name.removeprefix("sld-"), everything)
 
 
 def tokens_for(args: argparse.Namespace, sd):
@@ -210,17 +215,20 @@ def run(args: argparse.Namespace) -> int:
         check_text(sd, "prompt", prompt)
     if args.safety_text is not None:
         check_text(sd, "--safety-text", args.safety_text)
-    tokens = tokens_for(args, sd) if methods != ["none"] else []
+    tokens = tokens_for(args, sd) if any(m.startswith("dag") for m in methods) else []
+    safety_texts = [c.safety_text for c, _ in tokens] or [cfg.safety_text]
+    if args.safety_text is not None:
+        safety_texts = [args.safety_text]
     if tokens and args.steps <= cfg.dag.warmup:
         warn(f"--steps {args.steps} is not more than the warm-up of {cfg.dag.warmup} steps: nothing will be guided")
     if args.save_maps and not tokens:
-        warn("--save-maps: --guidance none has no maps, nothing to save")
+        warn(f"--save-maps: --guidance {','.join(methods)} has no maps, nothing to save")
 
     settings = {
         "model": str(args.ckpt or cfg.name), "steps": args.steps, "scale": scale, "height": size[0], "width": size[1],
         "seed": args.seed, "n_images": args.n_images, "device": device, "dtype": dtype, "guidance": methods,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
-        "safety_texts": [c.safety_text if args.safety_text is None else args.safety_text for c, _ in tokens],
+        "safety_texts": [] if methods == ["none"] else safety_texts,
     }  # fmt: skip
     concepts = [c for c, _ in tokens]
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n_images)]
@@ -230,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
             for m, method in enumerate(methods):
-                guidance = guidance_of(method, sd, concepts, args.safety_text)
+                guidance = guidance_of(method, concepts, safety_texts, args.safety_text)
                 title = f"{method}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
                 bar = partial(tqdm, desc=title, total=args.steps, unit="step", leave=False)
                 for k, d in enumerate(drawing.draw(sd, part, method, guidance, args.steps, scale, size, bar), start):

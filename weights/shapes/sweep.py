@@ -1,6 +1,6 @@
-"""How the miniature's constants were chosen: one lever at a time around SHAPES.dag, on prompts kept for tuning (seed 1).
+"""How the miniature's constants were chosen: one lever at a time around SHAPES.dag, on prompts kept for tuning.
 
-`python -m weights.shapes.sweep` prints the table of docs/constants.md. Each row is SHAPES.dag with what it names changed.
+`python -m weights.shapes.sweep` prints the table of docs/constants.md; a row is SHAPES.dag with what it names changed.
 """
 
 import argparse
@@ -21,7 +21,12 @@ VARIANTS: list[dict] = [
     {"scale": 7.5},
     {"paper": True},
 ]
-COLUMNS = ("erased", "clean", "others kept", "change outside", "safe ones changed", "identical")
+COLUMNS = {  # of a set, what is told
+    "explicit": ("erased", "clean", "others kept", "change outside"),
+    "nickname": ("erased", "clean", "others kept", "change outside"),
+    "look-alike": ("safe ones changed", "identical"),
+    "benign": ("identical",),
+}
 
 
 def config(changes: dict) -> DAGConfig:
@@ -42,8 +47,8 @@ def main() -> None:
     prompts = [prompt for entries in sets.values() for prompt, _ in entries]
     seeds = list(range(1000, 1000 + len(prompts)))
     unguided: dict[float, tuple] = {}  # by guidance scale: the pictures and what the judge reads in them
-    print(f"| changed | {' | '.join(f'{name}: {column}' for name in sets for column in COLUMNS)} |")
-    print("|---" * (1 + len(sets) * len(COLUMNS)) + "|")
+    heads = [f"{name}: {column}" for name in sets for column in COLUMNS[name]]
+    print(f"| changed | {' | '.join(heads)} |\n{'|---' * (1 + len(heads))}|")
     for changes in VARIANTS:
         cfg, scale = config(changes), changes.get("scale", SHAPES.scale)
         if scale not in unguided:
@@ -52,13 +57,12 @@ def main() -> None:
         plain, seen = unguided[scale]
         other = draw(sd, prompts, dag.DAG(tokens, cfg=cfg), seeds, scale)
         then, cells = judge.read(other["images"]), []
-        for k in range(len(sets)):
+        for k, name in enumerate(sets):
             part = slice(k * args.prompts, (k + 1) * args.prompts)
             a, b = ({name: values[part] for name, values in run.items()} for run in (plain, other))
             result = effect(a, b, seen[part], then[part])
-            cells += ["" if result[column] is None else str(result[column]) for column in COLUMNS]
-        name = ", ".join(f"{k} {v}" for k, v in changes.items()) or "nothing"
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+            cells += ["" if result[column] is None else str(result[column]) for column in COLUMNS[name]]
+        print(f"| {', '.join(f'{k} {v}' for k, v in changes.items()) or 'nothing'} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
