@@ -244,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
                 for k, d in enumerate(drawing.draw(sd, part, method, guidance, args.steps, scale, size, bar), start):
                     entries[k, m] = save(d, k, args, settings, cfg.dag, len(methods) > 1)
                     if d.maps is not None:
-                        said[k, m] = d.words(" or ".join(c.concept for c in concepts), cfg.dag)
+                        said[k, m] = d.words(cfg.dag)
                     if k < SHEET:
                         shown[k, m] = d
     except KeyboardInterrupt:
@@ -278,9 +278,9 @@ def save(drawing, number: int, args: argparse.Namespace, settings: dict, cfg, se
     save_png(drawing.image, args.out / f"{name}.png", {"settings": json.dumps(settings | entry)})
     if args.save_maps and drawing.maps is not None:
         with open(args.out / f"{name}-maps.npy.tmp", "wb") as file:
-            np.save(file, drawing.maps.numpy())
+            np.save(file, drawing.A.numpy())
         os.replace(args.out / f"{name}-maps.npy.tmp", args.out / f"{name}-maps.npy")
-        save_png(strip(drawing.maps), args.out / f"{name}-maps.png")
+        save_png(strip(drawing.A), args.out / f"{name}-maps.png")
     return entry
 
 

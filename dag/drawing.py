@@ -26,51 +26,72 @@ class Drawing:
     image: Image.Image
     seconds: float
     rows: int  # sent through the UNet
-    maps: Tensor | None  # (steps, H, W), A of every step; None for methods without maps
+    concepts: tuple[str, ...]  # looked for; empty for methods without maps
+    maps: Tensor | None  # (steps, concepts, H, W), A of every step; None for methods without maps
     strength: Tensor | None  # (steps,) largest S of every step
     guided: list[bool]  # per step
 
+    @property
+    def A(self) -> Tensor:
+        """(steps, H, W): the largest of all concepts' maps."""
+        return self.maps.amax(1)
+
     def findings(self, cfg: DAGConfig) -> dict:
-        """The report's account of detection."""
+        """The report's account of detection: of all concepts together, and under `found` of each that was found."""
+        nothing = {"detected": False, "map_max": None, "steps_guided": 0, "scale_max": None, "not_guided_reason": None}
         if self.maps is None:
-            return {"detected": False, "map_max": None, "steps_guided": 0, "scale_max": None, "not_guided_reason": None}
-        late = self.maps[cfg.warmup :]
-        areas = [objects(A, cfg.scaling)[1].sum().item() for A in late]
-        steps, reason = sum(self.guided), None
+            return nothing | {"found": {}}
+        late, steps = self.maps[cfg.warmup :], sum(self.guided)
         if len(late) == 0:
-            reason = "warm-up"
-        elif steps == 0:
-            reason = "fills the frame" if any(areas) else "nothing found"
+            return nothing | {"not_guided_reason": "warm-up", "found": {}}
+        found = {name: place(late[:, k], cfg) for k, name in enumerate(self.concepts)}
+        found = {name: where for name, where in found.items() if where["steps"]}
         return {
-            "detected": any(areas),
-            "map_max": round(late.max().item(), 4) if len(late) else None,
+            "detected": bool(found),
+            "map_max": round(late.max().item(), 4),
             "steps_guided": steps,
-            "scale_max": round(self.strength[cfg.warmup :].max().item(), 3) if len(late) else None,
-            "not_guided_reason": reason,
+            "scale_max": round(self.strength[cfg.warmup :].max().item(), 3),
+            "not_guided_reason": None if steps else "fills the frame" if found else "nothing found",
+            "found": found,
         }
 
     def shown_map(self, cfg: DAGConfig) -> Tensor:
-        """A at the step after warm-up where it was largest, (H, W)."""
-        late = self.maps[min(cfg.warmup, len(self.maps) - 1) :]
-        sizes = [objects(A, cfg.scaling)[1].sum() for A in late]  # of what was found, then of the map
-        return late[max(range(len(late)), key=lambda k: (sizes[k].item(), late[k].sum().item()))]
+        """A at the step after warm-up where most was found, (H, W)."""
+        late = self.A[min(cfg.warmup, len(self.maps) - 1) :]
+        return late[largest(late, cfg)]
 
-    def words(self, concept: str, cfg: DAGConfig) -> str:
+    def words(self, cfg: DAGConfig) -> str:
         """One line for a person: what was found, where, how long it was guided and what that cost."""
-        found = self.findings(cfg)
-        plain = 2 * len(self.guided)
+        said = self.findings(cfg)
         what = f"'{self.prompt}' (seed {self.seed}), {self.method}: "
-        if found["steps_guided"] == 0:
-            return what + f"{found['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
-        A = self.shown_map(cfg)
-        labels, areas = objects(A, cfg.scaling)
-        y, x = (labels == 1 + areas.argmax()).nonzero().float().mean(0).tolist()  # of the largest object
-        row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
-        place = f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}"
+        if said["steps_guided"] == 0:
+            return what + f"{said['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
+        found = [f"{name} at the {where['place']} ({where['share']:.0%})" for name, where in said["found"].items()]
         return what + (
-            f"found {concept} at the {place} ({areas.sum():.0%} of the frame), guided on {found['steps_guided']} of "
-            f"{len(self.guided)} steps, {self.rows} UNet rows instead of {plain}"
+            f"found {' and '.join(found)}, guided on {said['steps_guided']} of {len(self.guided)} steps, "
+            f"{self.rows} UNet rows instead of {2 * len(self.guided)}"
         )
+
+
+def largest(maps: Tensor, cfg: DAGConfig) -> int:
+    """The step of maps (steps, H, W) at which the objects found, then the map, are largest."""
+    sizes = [(objects(A, cfg.scaling)[1].sum().item(), A.sum().item()) for A in maps]
+    return max(range(len(sizes)), key=sizes.__getitem__)
+
+
+def place(maps: Tensor, cfg: DAGConfig) -> dict:
+    """Where a concept's maps (steps, H, W) show it: on how many steps, and its place and share when largest."""
+    A = maps[largest(maps, cfg)]  # (H, W)
+    labels, areas = objects(A, cfg.scaling)
+    if len(areas) == 0:
+        return {"steps": 0}
+    y, x = (labels == 1 + areas.argmax()).nonzero().float().mean(0).tolist()  # of the largest object
+    row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
+    return {
+        "steps": sum(len(objects(a, cfg.scaling)[1]) > 0 for a in maps),
+        "place": f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}",
+        "share": round(areas.sum().item(), 4),
+    }
 
 
 def draw(
@@ -93,11 +114,11 @@ def draw(
     guided = torch.stack([s.guided for s in history], 1).tolist()  # (b, steps)
     maps = strength = [None] * len(jobs)
     if last.A is not None:
-        maps = torch.stack([s.A for s in history], 1).cpu()  # (b, steps, H, W)
+        maps = torch.stack([s.concepts for s in history], 1).cpu()  # (b, steps, concepts, H, W)
         strength = torch.stack([s.S.flatten(1).amax(1) for s in history], 1).cpu()  # (b, steps)
-    seconds = (time.time() - began) / len(jobs)
+    seconds, concepts = (time.time() - began) / len(jobs), guidance.concepts
     return [
-        Drawing(prompt, seed, method, images[k], seconds, rows[k], maps[k], strength[k], guided[k])
+        Drawing(prompt, seed, method, images[k], seconds, rows[k], concepts, maps[k], strength[k], guided[k])
         for k, (prompt, seed) in enumerate(jobs)
     ]
 

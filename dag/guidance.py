@@ -30,7 +30,7 @@ class Estimate:
     """What a method makes of one step."""
 
     eps: Tensor  # (b, 4, H, W)
-    A: Tensor | None  # (b, H, W) in [0, 1]; None for methods without maps
+    A: Tensor | None  # (b, concepts, H, W) in [0, 1]; None for methods without maps
     S: Tensor | None  # (b, H, W)
     guided: Tensor  # (b,) bool: images whose estimate the safety text changed
 
@@ -40,6 +40,7 @@ class CFG:
 
     uncond_text: str = ""  # what eps_0 is the estimate for
     safety_texts: tuple[str, ...] = ()  # one a concept
+    concepts: tuple[str, ...] = ()  # that are looked for
 
     def start(self, sd, conditional: slice) -> Probe | None:
         """Called once before the loop; returns the probe the UNet is given, which looks at the conditional rows."""
@@ -181,6 +182,7 @@ class DAG(CFG):
         if len({c.factors for c in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
         self.tokens, self.base, self.given = tokens, base, cfg
+        self.concepts = tuple(c.concept for c in tokens)
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
     def start(self, sd, conditional: slice) -> Probe:
@@ -203,7 +205,7 @@ class DAG(CFG):
                 M = self.mask(safety, eps_p[images] - eps_0[images])  # (images, 4, H, W)
                 strength = (S[images, k] * (acting[images] == k))[:, None]  # (images, 1, H, W)
                 eps[images] = eps[images] - s_g * strength * M * safety
-        return Estimate(eps, A.amax(1), S.amax(1), active.any(1))
+        return Estimate(eps, A, S.amax(1), active.any(1))
 
     def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
         """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S carries the factor 1[A >= edit]."""

@@ -25,7 +25,8 @@ class Step:
     t: int  # timestep the step started from
     x: Tensor  # (b, 4, H, W) latent after the step
     x0: Tensor  # (b, 4, H, W) final latent as predicted at this step
-    A: Tensor | None  # (b, H, W) detection map in [0, 1]; None for methods without maps
+    A: Tensor | None  # (b, H, W) detection map in [0, 1], the largest of all concepts'; None for methods without maps
+    concepts: Tensor | None  # (b, concepts, H, W) the concepts' own detection maps
     S: Tensor | None  # (b, H, W) strength of guidance
     guided: Tensor  # (b,) bool
     rows: Tensor  # (b,) int: rows sent through the UNet for each image
@@ -85,4 +86,4 @@ def sample(
             raise NumericsError(
                 f"the latent is not finite after step {i + 1} of {steps} (t = {t}); try --dtype float32"
             )
-        yield Step(i, t, x, x0, e.A, e.S, e.guided, rows)
+        yield Step(i, t, x, x0, None if e.A is None else e.A.amax(1), e.A, e.S, e.guided, rows)

@@ -113,7 +113,10 @@ USAGE = {
     "n-images": (["--n-images", "0"], "argument --n-images: 0 is out of range"),
     "nan": (["--scale", "nan"], "argument --scale: nan is out of range"),
     "negative scale": (["--scale", "-1"], "argument --scale: -1 is out of range"),
-    "guidance": (["--guidance", "none,foo"], "argument --guidance: unknown method 'foo', expected a list of none, dag"),
+    "guidance": (
+        ["--guidance", "none,foo"],
+        "argument --guidance: unknown method 'foo', expected a list of none",
+    ),
     "dtype": (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "device": (["--device", "quantum"], "--device quantum: not available here"),
     "flag": (["--promt", "x"], "unrecognized arguments: --promt x"),

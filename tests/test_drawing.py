@@ -12,11 +12,11 @@ CFG = DAGConfig(warmup=2, scaling=Scaling(min_area=0.0))
 
 
 def drawing(*maps: torch.Tensor, guided=None) -> Drawing:
-    maps = torch.stack(maps)
+    maps = torch.stack(maps)[:, None]  # (steps, 1, H, W)
     guided = [False] * len(maps) if guided is None else guided
     strength = maps.flatten(1).amax(1) * 2
-    image = Image.new("RGB", (32, 32), (200, 10, 10))
-    return Drawing("a tomato", 3, "dag", image, 1.0, 2 * len(maps) + sum(guided), maps, strength, guided)
+    image, rows = Image.new("RGB", (32, 32), (200, 10, 10)), 2 * len(maps) + sum(guided)
+    return Drawing("a tomato", 3, "dag", image, 1.0, rows, ("a red circle",), maps, strength, guided)
 
 
 def spot(value: float = 0.9, share: int = 2) -> torch.Tensor:
@@ -43,12 +43,22 @@ def test_findings(name):
 
 
 def test_words():
-    said = drawing(NOTHING, NOTHING, spot(), guided=[False, False, True]).words("a red circle", CFG)
+    said = drawing(NOTHING, NOTHING, spot(), guided=[False, False, True]).words(CFG)
     assert said == (
-        "'a tomato' (seed 3), dag: found a red circle at the top right (11% of the frame), guided on 1 of 3 steps, "
+        "'a tomato' (seed 3), dag: found a red circle at the top right (11%), guided on 1 of 3 steps, "
         "7 UNet rows instead of 6"
     )
-    assert "nothing found, 6 UNet rows, as without" in drawing(NOTHING, NOTHING, NOTHING).words("a red circle", CFG)
+    assert "nothing found, 6 UNet rows, as without" in drawing(NOTHING, NOTHING, NOTHING).words(CFG)
+
+
+def test_two_concepts_are_told_apart():
+    maps = torch.stack([torch.stack([NOTHING, spot()]), torch.stack([spot().flip(1), spot()])])  # (2, 2, 6, 6)
+    image = Image.new("RGB", (32, 32))
+    two = Drawing("p", 0, "dag", image, 1.0, 6, ("a", "b"), maps, torch.ones(2), [True, True])
+    found = two.findings(DAGConfig(warmup=0, scaling=Scaling(min_area=0.0)))["found"]
+    assert found["a"] == {"steps": 1, "place": "top left", "share": pytest.approx(4 / 36, abs=1e-4)}
+    assert found["b"] == {"steps": 2, "place": "top right", "share": pytest.approx(4 / 36, abs=1e-4)}
+    assert torch.equal(two.A[1], torch.maximum(spot(), spot().flip(1)))
 
 
 def test_pictures_round_trip():
