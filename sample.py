@@ -3,6 +3,7 @@
   python sample.py                                  four prompts on the miniature
   python sample.py --prompt "a red circle"          your own
   python sample.py --ckpt sd-v1-4.ckpt              the real model
+  python sample.py --detect picture.png             no drawing: is the concept in this picture, and where?
 
 Pictures, a contact sheet and report.json go to --out.
 """
@@ -86,6 +87,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--guidance", type=methods_of, metavar="LIST", help=f"one column each: {', '.join(METHODS)} (default: dag)")
     add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
     add("--safety-text", metavar="TEXT", help="what guidance pushes away from (default: the token file's)")
+    add("--detect", type=Path, metavar="PICTURE", help="draw nothing; say what the tokens see in this picture")
     add("--save-maps", action="store_true", help="also write A of every step, as .npy and as a picture")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the results go (default: out)")
     add("--debug", action="store_true", help="show tracebacks and what was ignored in the checkpoint")
@@ -266,6 +268,41 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
+LEVELS = (101, 301, 501)  # timesteps at which --detect looks
+
+
+def detect(args: argparse.Namespace) -> int:
+    """What the tokens see in a picture: maps over it, a report, and a yes or no a concept."""
+    from PIL import Image, UnidentifiedImageError
+
+    import dag
+    from dag.pictures import contact_sheet, from_pil, overlay, save_png
+    from dag.scalers import objects
+
+    writable(args.out)
+    try:
+        picture = Image.open(args.detect).convert("RGB")
+    except (UnidentifiedImageError, OSError) as e:
+        raise ValueError(f"{args.detect}: not a readable picture; expected a PNG or JPEG file") from e
+    sd, *_ = open_model(args)
+    size = args.width or sd.config.size, args.height or sd.config.size
+    if picture.size != size:
+        warn(f"{args.detect}: is {picture.width} x {picture.height} pixels, looked at as {size[0]} x {size[1]}")
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    rows, report = [], []
+    for tokens, _ in tokens_for(args, sd):
+        maps = dag.detect(sd, tokens, from_pil(picture), list(LEVELS), args.seed)  # (levels, H, W)
+        areas = [round(objects(A, sd.config.dag.scaling)[1].sum().item(), 4) for A in maps]
+        yes = sum(area > 0 for area in areas) > len(LEVELS) / 2
+        rows.append((tokens.concept, [picture, *(overlay(picture, A) for A in maps)]))
+        report.append({"concept": tokens.concept, "detected": yes, "share": dict(zip(LEVELS, areas, strict=True))})
+        print(f"{tokens.concept}: {'yes' if yes else 'no'}, share of the frame at t {LEVELS}: {areas}")
+    save_png(contact_sheet(rows, ["picture", *(f"t {t}" for t in LEVELS)]), args.out / "detect.png")
+    write_text(args.out / "detect.json", json.dumps({"picture": str(args.detect), "concepts": report}, indent=1))
+    print(f"{args.out / 'detect.png'} and {args.out / 'detect.json'}")
+    return 0
+
+
 def save(drawing, number: int, args: argparse.Namespace, settings: dict, cfg, several: bool) -> dict:
     """Write a picture, and its maps if asked for; returns its entry of the report."""
     import numpy as np
@@ -308,7 +345,11 @@ def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded("sample.py", lambda: run(arguments(argv)), argv)
+    def either() -> int:
+        args = arguments(argv)
+        return detect(args) if args.detect is not None else run(args)
+
+    return guarded("sample.py", either, argv)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ g guideline rows (1 background + K concept), H x W latent grid, t timestep, s_g 
 
 from .guidance import CFG, DAG, SEGA, SLD, Negative
 from .model import StableDiffusion, load
-from .sampling import Step, sample
+from .sampling import Step, detect, sample
 from .tokens import GuidelineTokens
 
 __all__ = [
-    "CFG", "DAG", "GuidelineTokens", "Negative", "SEGA", "SLD", "StableDiffusion", "Step", "load", "sample",
+    "CFG", "DAG", "GuidelineTokens", "Negative", "SEGA", "SLD", "StableDiffusion", "Step", "detect", "load", "sample",
 ]  # fmt: skip

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from . import ddim
+from .cam import Probe
 from .guidance import CFG
 from .model import StableDiffusion
+from .tokens import GuidelineTokens
 
 UNCOND, COND = 0, 1  # order of the halves of the guidance batch
 
@@ -87,3 +89,20 @@ def sample(
                 f"the latent is not finite after step {i + 1} of {steps} (t = {t}); try --dtype float32"
             )
         yield Step(i, t, x, x0, None if e.A is None else e.A.amax(1), e.A, e.S, e.guided, rows)
+
+
+@torch.no_grad()
+def detect(sd: StableDiffusion, tokens: GuidelineTokens, picture: Tensor, times: list[int], seed: int = 0) -> Tensor:
+    """What the tokens see in any picture (1, 3, 8H, 8W) in [-1, 1]: A at every timestep of `times`, (levels, H, W).
+
+    The picture is encoded and noised to each time, and the UNet looks at it with the empty prompt.
+    """
+    latent = sd.encode(picture)  # (1, 4, H, W)
+    eps = noise([seed], latent.shape[1:]).to(latent)
+    context, maps = sd.text.encode([""]), []
+    probe = Probe(sd.unet, [tokens.embedding], tokens.factors)
+    for t in times:
+        sd.unet(ddim.add_noise(latent, eps, sd.alphas_cumprod[t]), torch.tensor([t], device=sd.device), context, probe)
+        (rows,) = probe.maps(*latent.shape[2:])  # (1, K, H, W)
+        maps.append(tokens.detect(rows, t)[0])
+    return torch.stack(maps)

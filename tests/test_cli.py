@@ -13,6 +13,7 @@ from PIL import Image
 import sample
 from dag import GuidelineTokens
 from tests.conftest import ROOT
+from weights.shapes import world
 
 
 def lines(capsys) -> list[str]:
@@ -64,6 +65,21 @@ def test_guided(tmp_path, capsys):
     assert Image.open(tmp_path / guided["file"].replace(".png", "-maps.png")).width == 640
     said = capsys.readouterr().out
     assert "found a red circle" in said and "nothing found, 24 UNet rows, as without guidance" in said
+
+
+def test_detect(tmp_path, capsys):
+    """Yes to a render with a red circle and where it is, no to a blue star."""
+    for kind, said in ((("red", "circle"), "yes"), (("blue", "star"), "no")):
+        scene = world.Scene((world.Object(*kind, 40, 44, 26),), "grey", "drawing")
+        Image.fromarray(world.render(scene)[0]).save(tmp_path / "p.png")
+        assert sample.main(["--detect", str(tmp_path / "p.png"), "--out", str(tmp_path / "o")]) == 0
+        assert f"a red circle: {said}" in capsys.readouterr().out
+        report = json.loads((tmp_path / "o" / "detect.json").read_text())
+        assert report["concepts"][0]["detected"] == (said == "yes")
+        assert Image.open(tmp_path / "o" / "detect.png").width > 4 * 128
+    (tmp_path / "p.png").write_text("x")
+    assert sample.main(["--detect", str(tmp_path / "p.png"), "--out", str(tmp_path / "o")]) == 1
+    assert "not a readable picture" in lines(capsys)[-1]
 
 
 def test_tokens_of_another_model_or_width(tmp_path, capsys, random_model):

@@ -35,6 +35,11 @@ class Judge(nn.Module):
         self.kinds = nn.Linear(96, len(KINDS))
         self.where = nn.Sequential(_conv(48 + 96, 32), nn.Conv2d(32, 1 + len(KINDS), 1))
 
+    @torch.no_grad()
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, 3, 128, 128) in [-1, 1] -> what the kinds are read from, (b, 96)."""
+        return torch.cat([self.coarse(self.fine(x)).amax((2, 3)) for x in pictures.split(100)])
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         fine = self.fine(x)  # (b, 48, 32, 32)
         coarse = self.coarse(fine)  # (b, 96, 16, 16)

@@ -44,10 +44,10 @@ def main() -> None:
     args = parser.parse_args()
     sd, judge, tokens = dag.load(), Judge.load(), dag.GuidelineTokens.load(TOKENS)
     sets = prompt_sets(args.prompts, seed=1)
-    prompts = [prompt for entries in sets.values() for prompt, _ in entries]
+    prompts = [prompt for name in COLUMNS for prompt, _ in sets[name]]
     seeds = list(range(1000, 1000 + len(prompts)))
     unguided: dict[float, tuple] = {}  # by guidance scale: the pictures and what the judge reads in them
-    heads = [f"{name}: {column}" for name in sets for column in COLUMNS[name]]
+    heads = [f"{name}: {column}" for name in COLUMNS for column in COLUMNS[name]]
     print(f"| changed | {' | '.join(heads)} |\n{'|---' * (1 + len(heads))}|")
     for changes in VARIANTS:
         cfg, scale = config(changes), changes.get("scale", SHAPES.scale)
@@ -57,7 +57,7 @@ def main() -> None:
         plain, seen = unguided[scale]
         other = draw(sd, prompts, dag.DAG(tokens, cfg=cfg), seeds, scale)
         then, cells = judge.read(other["images"]), []
-        for k, name in enumerate(sets):
+        for k, name in enumerate(COLUMNS):
             part = slice(k * args.prompts, (k + 1) * args.prompts)
             a, b = ({name: values[part] for name, values in run.items()} for run in (plain, other))
             result = effect(a, b, seen[part], then[part])

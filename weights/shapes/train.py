@@ -29,7 +29,7 @@ from dag.text import Text
 from dag.unet import UNet
 from dag.vae import AutoencoderKL
 from weights.shapes import world
-from weights.shapes.benchmark import draw, following, prompt_sets
+from weights.shapes.benchmark import NAMED, draw, following, prompt_sets
 from weights.shapes.judge import FILE, Judge
 
 HERE = Path(__file__).resolve().parent
@@ -273,7 +273,8 @@ def train_text_unet(steps: int) -> None:
 def accept(candidate: Path) -> None:
     """Let the judge read 128 pictures of a finished model; it becomes the miniature if it draws what is asked."""
     sd, judge = dag.load(candidate), Judge.load()
-    entries = [e for part in prompt_sets(8, seed=5).values() for e in part for _ in range(4)]
+    sets = prompt_sets(8, seed=5)
+    entries = [e for name in NAMED for e in sets[name] for _ in range(4)]
     images = draw(sd, [p for p, _ in entries], dag.CFG(), list(range(len(entries))), SHAPES.scale)["images"]
     result = following([asked for _, asked in entries], judge.read(images))
     print(f"text+unet, shares of 128 pictures that show it: {result}")
