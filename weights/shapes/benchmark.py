@@ -211,7 +211,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 
 def row(name: str, sd, judge: Judge, tokens, sets: dict, plain: dict | None, scale: float, real: Tensor) -> tuple:
-    """Draw all sets with a method -> its figures, and its pictures. plain: the unguided run; None for that run itself."""
+    """Draw all sets with a method -> its figures, and what was drawn. plain: the unguided run; None if this is it."""
     entries = [e for part in sets.values() for e in part]
     began = time.time()
     drawn = draw(sd, [p for p, *_ in entries], method(name, tokens), [s for *_, s in entries], scale)
