@@ -10,7 +10,6 @@ Pictures, a contact sheet and report.json go to --out.
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -138,10 +137,10 @@ def check_text(sd, what: str, text: str) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """To a temporary name first, so that no half file is ever left."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    from dag.files import whole
+
+    with whole(path) as temporary:
+        temporary.write_text(content + "\n", encoding="utf-8")
 
 
 def slug(prompt: str) -> str:
@@ -173,7 +172,7 @@ def guidance_of(name: str, tokens, safety_texts: list[str], safety_text: str | N
     if name.startswith("dag"):
         return dag.DAG(*tokens, safety_text=safety_text, base="sld" if name == "dag-sld" else "sega")
     if name == "sega":
-        return dag.SEGA(*safety_texts)
+        return dag.SEGA(*safety_texts, scale=10.0)  # as the paper runs it; its authors' default is 5
     everything = ", ".join(safety_texts)  # the others know one concept
     return dag.Negative(everything) if name == "negative" else dag.SLD.preset(name.removeprefix("sld-"), everything)
 
@@ -192,7 +191,8 @@ def tokens_for(args: argparse.Namespace, sd):
         return tokens
     warn(
         f"tokens of '{sd.config.concept}' that were not optimised detect poorly; make some: `python train_tokens.py "
-        f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --out FILE` and pass --tokens FILE"
+        f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --safety-text '{sd.config.safety_text}' "
+        "--out FILE` and pass --tokens FILE"
     )
     return [(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), None)]
 
@@ -217,13 +217,17 @@ def run(args: argparse.Namespace) -> int:
         check_text(sd, "prompt", prompt)
     if args.safety_text is not None:
         check_text(sd, "--safety-text", args.safety_text)
-    tokens = tokens_for(args, sd) if any(m.startswith("dag") for m in methods) else []
+    tokens = tokens_for(args, sd) if args.tokens or any(m.startswith("dag") for m in methods) else []
     safety_texts = [c.safety_text for c, _ in tokens] or [cfg.safety_text]
     if args.safety_text is not None:
         safety_texts = [args.safety_text]
-    if tokens and args.steps <= cfg.dag.warmup:
-        warn(f"--steps {args.steps} is not more than the warm-up of {cfg.dag.warmup} steps: nothing will be guided")
-    if args.save_maps and not tokens:
+    concepts = [c for c, _ in tokens]
+    for method in methods:
+        guidance = guidance_of(method, concepts, safety_texts, args.safety_text)
+        warmup = cfg.dag.warmup if method.startswith("dag") else getattr(guidance, "warmup", 0)
+        if args.steps <= warmup:
+            warn(f"--steps {args.steps} is not more than {method}'s warm-up of {warmup} steps: nothing will be guided")
+    if args.save_maps and not any(m.startswith("dag") for m in methods):
         warn(f"--save-maps: --guidance {','.join(methods)} has no maps, nothing to save")
 
     settings = {
@@ -232,7 +236,6 @@ def run(args: argparse.Namespace) -> int:
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
         "safety_texts": [] if methods == ["none"] else safety_texts,
     }  # fmt: skip
-    concepts = [c for c, _ in tokens]
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n_images)]
     batch = max(1, 4 * 512 * 512 // (size[0] * size[1]))  # pictures drawn side by side
     entries, said, shown, status = {}, {}, {}, 0  # by number of the picture and of the method
@@ -307,6 +310,7 @@ def save(drawing, number: int, args: argparse.Namespace, settings: dict, cfg, se
     """Write a picture, and its maps if asked for; returns its entry of the report."""
     import numpy as np
 
+    from dag.files import whole
     from dag.pictures import save_png, strip
 
     name = f"{number:03d}-{slug(drawing.prompt)}" + (f"-{drawing.method}" if several else "")
@@ -314,9 +318,8 @@ def save(drawing, number: int, args: argparse.Namespace, settings: dict, cfg, se
     entry |= {"unet_rows": drawing.rows, "seconds": round(drawing.seconds, 3)} | drawing.findings(cfg)
     save_png(drawing.image, args.out / f"{name}.png", {"settings": json.dumps(settings | entry)})
     if args.save_maps and drawing.maps is not None:
-        with open(args.out / f"{name}-maps.npy.tmp", "wb") as file:
+        with whole(args.out / f"{name}-maps.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, drawing.A.numpy())
-        os.replace(args.out / f"{name}-maps.npy.tmp", args.out / f"{name}-maps.npy")
         save_png(strip(drawing.A), args.out / f"{name}-maps.png")
     return entry
 
@@ -335,7 +338,7 @@ def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int
             raise
         code, message = 1, str(e)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted, nothing was written"
+        code, message = 130, "interrupted"
     except Exception as e:  # out of memory, a driver's error: not ours to foresee
         if debug:
             raise

@@ -11,8 +11,8 @@ A run that was stopped goes on from OUT.state when the same command is given aga
 """
 
 import argparse
+import hashlib
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -89,7 +89,8 @@ def read_folder(folder: Path, sd):
             mask = torch.from_numpy(np.asarray(stencil, np.float32) / 255)
             if mask.max() < 0.5:
                 raise ValueError(
-                    f"{mask_path}: all zero; remove the file if the picture is safe, else paint the concept"
+                    f"{mask_path}: all zero, its brightest pixel is {mask.max() * 255:.0f} of 255; paint the concept "
+                    "white, or remove the file if the picture is safe"
                 )
         pictures.append(from_pil(picture))
         masks.append(F.avg_pool2d(mask[None], sd.config.vae.factor))  # (1, H, W): the area average
@@ -102,13 +103,15 @@ def read_folder(folder: Path, sd):
     if (folder / "captions.json").exists():
         try:
             captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+            if unknown := [name for name in captions if name not in names]:
+                raise ValueError(f"{unknown[0]} is no picture")
             entries = [captions.get(name, "") for name in names]
             entries = [e if isinstance(e, dict) else {"prompt": str(e)} for e in entries]
             prompts = [e["prompt"] for e in entries]
             seeds = [int(e["seed"]) for e in entries] if all("seed" in e for e in entries) else None
         except (ValueError, AttributeError, KeyError, TypeError) as e:
             raise ValueError(
-                f"{folder / 'captions.json'}: expected a JSON object of NAME.png to text, see --help"
+                f"{folder / 'captions.json'}: {e}; expected a JSON object of NAME.png to text, see --help"
             ) from e
     return torch.cat(pictures), torch.cat(masks), prompts, seeds
 
@@ -199,13 +202,17 @@ def resumed(path: Path, run: str) -> dict | None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dag.config import SHAPES
+
     writable(args.out.parent)
+    if args.out.is_dir() or args.out.suffix == ".png":
+        raise UsageError(f"--out {args.out}: expected the name of a token file, such as tokens.safetensors")
     if args.ckpt is not None and args.data is None:
         raise UsageError(
             "--data: needed with --ckpt; expected a folder of annotated pictures (only the miniature draws its own)"
         )
-    if args.concept not in (None, "a red circle") and args.data is None:
-        raise UsageError("--concept: needs --data; the miniature draws and annotates pictures of a red circle only")
+    if args.concept not in (None, SHAPES.concept) and args.data is None:
+        raise UsageError(f"--concept: needs --data; the miniature draws and annotates {SHAPES.concept} only")
     if args.concept is None and args.ckpt is not None:
         raise UsageError(
             '--concept: needed with --ckpt; expected the text the tokens start from, such as "nude person"'
@@ -214,12 +221,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
+    from dag.files import whole
     from dag.optimisation import PAPER, Recipe, optimise, raise_lo
     from dag.tokens import GuidelineTokens, TokenError
 
     sd, *_ = open_model(args)
     scaling = sd.config.dag.scaling
-    concept = "a red circle" if args.concept is None else args.concept
+    concept = SHAPES.concept if args.concept is None else args.concept
     safety_text = concept if args.safety_text is None else args.safety_text
     check_text(sd, "--concept", concept)
     check_text(sd, "--safety-text", safety_text)
@@ -231,9 +239,17 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.data}: no unsafe picture, every mask is missing; expected at least one NAME.mask.png"
             )
         if seeds is None:
+            print("queries from the pictures with noise added (captions.json has no seed for every picture)")
             data = from_noised(sd, pictures, masks, prompts)
         else:
-            data, _ = from_trajectories(sd, masks, prompts, seeds, *pictures.shape[2:])
+            print("queries along the trajectories of the captions' prompts and seeds")
+            data, latents = from_trajectories(sd, masks, prompts, seeds, *pictures.shape[2:])
+            apart = (sd.decode(latents).cpu() - pictures).abs().mean((1, 2, 3)) / 2  # (N,)
+            if apart.max() > 0.05:
+                raise ValueError(
+                    f"{args.data}: picture {int(apart.argmax()) + 1} is not what its prompt and seed draw here, 50 steps "
+                    f"at scale {sd.config.scale:g} (they differ by {apart.max():.0%}); leave out captions.json's seeds"
+                )
     else:
         data, pictures = draw(sd, args.n_unsafe, args.n_safe, args.seed)
     unsafe = int(data.unsafe.sum())
@@ -241,9 +257,10 @@ def run(args: argparse.Namespace) -> int:
     if unsafe == len(data.masks):
         warn("no safe picture: nothing teaches the tokens what is not the concept; add some look-alikes")
 
-    recipe = replace(PAPER, steps=100 * unsafe) if args.recipe == "paper" else Recipe(safe_weight=args.safe_weight)
-    recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
-    what = [asdict(recipe), args.seed, before.fingerprint, concept, str(args.data), data.masks.sum().item()]
+    recipe = replace(PAPER, steps=100 * unsafe) if args.recipe == "paper" else Recipe()
+    recipe = replace(recipe, safe_weight=args.safe_weight, steps=recipe.steps if args.steps is None else args.steps)
+    seen = hashlib.sha256(pictures.numpy().tobytes() + data.masks.numpy().tobytes()).hexdigest()
+    what = [asdict(recipe), args.seed, before.fingerprint, concept, safety_text, data.times, seen]
     state_file = args.out.with_name(args.out.name + ".state")
     state = resumed(state_file, json.dumps(what))
     torch.manual_seed(args.seed)
@@ -255,8 +272,8 @@ def run(args: argparse.Namespace) -> int:
             rough = data.measure(after, scaling, every=8)
             iou = sum(row[1] for row in rough) / len(rough)
             bar.set_postfix(loss=f"{after.loss:.4f}", iou=f"{iou:.2f}")
-            torch.save({"run": json.dumps(what), "state": progress.state}, f"{state_file}.tmp")
-            os.replace(f"{state_file}.tmp", state_file)
+            with whole(state_file) as temporary:
+                torch.save({"run": json.dumps(what), "state": progress.state}, temporary)
     bar.close()
     after = after if recipe.joint else raise_lo(data, after)
     measured = data.measure(after, scaling)

@@ -21,7 +21,7 @@ def time_pairs(steps: int, cfg: ScheduleConfig) -> list[tuple[int, int]]:
     The rule, for any 1 <= steps <= 1000: t = floor(k * 1000 / steps) + 1 for k = steps - 1 .. 0. 50 steps are 981,
     961, ..., 21, 1, and the last step goes to index 0 (abar_0 = 0.99915, not 1), both as in the original. At 1000 steps
     the + 1 would leave the schedule and is left out. Where steps does not divide 1000 the original takes more steps
-    than asked or fails, and diffusers leaves out the noisiest times; this rule always spans the whole schedule.
+    than asked or fails, and diffusers leaves out the noisiest times; this rule has steps of one length.
 
     Raises ValueError when steps is not in 1..1000.
     """
@@ -35,7 +35,7 @@ def time_pairs(steps: int, cfg: ScheduleConfig) -> list[tuple[int, int]]:
 
 def add_noise(x0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
     """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, for x0 and noise (b, 4, H, W) and abar_t (b,) or ()."""
-    abar_t = abar_t.reshape(-1, 1, 1, 1)
+    abar_t = abar_t.to(x0.device).reshape(-1, 1, 1, 1)
     return abar_t.sqrt() * x0 + (1 - abar_t).sqrt() * noise
 
 

@@ -38,12 +38,13 @@ class Drawing:
 
     def findings(self, cfg: DAGConfig) -> dict:
         """The report's account of detection: of all concepts together, and under `found` of each that was found."""
-        nothing = {"detected": False, "map_max": None, "steps_guided": 0, "scale_max": None, "not_guided_reason": None}
+        steps = sum(self.guided)
+        nothing = {"detected": False, "map_max": None, "steps_guided": steps, "scale_max": None, "found": {}}
         if self.maps is None:
-            return nothing | {"found": {}}
-        late, steps = self.maps[cfg.warmup :], sum(self.guided)
+            return nothing | {"not_guided_reason": None}
+        late = self.maps[cfg.warmup :]
         if len(late) == 0:
-            return nothing | {"not_guided_reason": "warm-up", "found": {}}
+            return nothing | {"not_guided_reason": "warm-up"}
         found = {name: place(late[:, k], cfg) for k, name in enumerate(self.concepts)}
         found = {name: where for name, where in found.items() if where["steps"]}
         return {

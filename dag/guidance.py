@@ -163,7 +163,8 @@ class DAG(CFG):
     The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
     bit. There is no momentum: with it, what is not detected would change too.
     cfg: its constants; default the model's (paper's for SD 1.4).
-    Raises ValueError for an unknown base, constants out of range, or tokens that read different layers.
+    Raises ValueError for an unknown base, constants out of range, tokens that read different layers or of one concept
+    twice, and at the start TokenError for tokens that the model cannot read.
     """
 
     def __init__(
@@ -177,15 +178,21 @@ class DAG(CFG):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
         if cfg is not None:
             check(cfg.warmup, top=cfg.top, edit=cfg.scaling.edit, unsafe=cfg.scaling.unsafe)
+            if not 0 < cfg.scaling.edit:
+                raise ValueError("edit is 0, expected more: T divides by it")
         if not tokens:
             raise ValueError("DAG was given no guideline tokens, expected one set a concept")
         if len({c.factors for c in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
+        if len({c.concept for c in tokens}) != len(tokens):
+            raise ValueError(f"several token files of '{tokens[0].concept}'; expected one a concept")
         self.tokens, self.base, self.given = tokens, base, cfg
         self.concepts = tuple(c.concept for c in tokens)
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
     def start(self, sd, conditional: slice) -> Probe:
+        for c in self.tokens:
+            c.check(sd)
         self.cfg = sd.config.dag if self.given is None else self.given
         self.probe = Probe(sd.unet, [c.embedding for c in self.tokens], self.tokens[0].factors, conditional)
         return self.probe

@@ -64,13 +64,16 @@ class AnnotatedQueries:
         return out
 
 
+STEEPEST = 0.01  # half of hi - lo at least: any closer and A would be a step
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How an embedding is optimised. The defaults are ours; `PAPER` is the paper's."""
 
     steps: int = 1500
     lr: float = 0.1
-    rows: int = 8  # concept rows K: the text's, repeated with noise; 0: the text's own, and their mean (the paper's)
+    concept_rows: int = 8  # K: the text's, repeated with noise, and their minimum; 0: the text's and their mean (paper)
     unsafe: int = 8  # pictures of a batch, at most
     safe: int = 16
     safe_weight: float = 1.0  # of safe pictures in the loss
@@ -78,7 +81,7 @@ class Recipe:
     joint: bool = False  # the paper's: cross-entropy on jointly normalised maps, SGD with StepLR(20, 0.7)
 
 
-PAPER = Recipe(lr=200.0, rows=0, unsafe=1, safe=1, joint=True)
+PAPER = Recipe(lr=200.0, concept_rows=0, unsafe=1, safe=1, joint=True)
 
 
 @dataclass
@@ -111,7 +114,8 @@ def optimise(
     if not positive:
         raise TokenError("no unsafe picture: every mask is zero or missing; expected at least one with a mask")
     rng = np.random.default_rng(seed)
-    start = replace(start, embedding=widened(start.embedding, recipe.rows, seed), rows="min" if recipe.rows else "mean")
+    embedding = widened(start.embedding, recipe.concept_rows, seed)
+    start = replace(start, embedding=embedding, reduce="min" if recipe.concept_rows else "mean")
     c = start.embedding.clone().requires_grad_()
     b = torch.full((len(recipe.levels),), 0.5, requires_grad=True)
     s = torch.full((len(recipe.levels),), 2.0, requires_grad=True)
@@ -161,7 +165,8 @@ def optimise(
                     best = replace(best, levels=recipe.levels, lo=tuple(lo), hi=tuple(hi))
             progress.tokens = best
             progress.state = {
-                "step": step, "best": vars(best), "values": [p.detach().clone() for p in (c, b, s)],
+                "step": step, "best": {k: getattr(best, k) for k in ("embedding", "loss", "levels", "lo", "hi")},
+                "values": [p.detach().clone() for p in (c, b, s)],
                 "opt": opt.state_dict(), "schedule": schedule.state_dict(), "rng": rng.bit_generator.state,
             }  # fmt: skip
         yield progress
@@ -184,18 +189,20 @@ def at_level(values: Tensor, levels: tuple[int, ...], t: int) -> Tensor:
 
 
 @torch.no_grad()
-def raise_lo(data: AnnotatedQueries, tokens: GuidelineTokens, quantile: float = 0.99) -> GuidelineTokens:
-    """Raise lo, where needed, to a quantile of the raw map over the negative pixels of the pictures, level by level.
+def raise_lo(data: AnnotatedQueries, tokens: GuidelineTokens) -> GuidelineTokens:
+    """Raise lo, where needed, to the 99 % quantile of the raw map over the pictures' negative pixels, level by level.
 
     With lo any lower nearly every pixel has A >= 0.01 and Algorithm 1 takes the frame as full. hi comes down by as
-    much, so that A = 1/2, where objects begin, stays where the optimisation put it.
+    much, so that A = 1/2, where objects begin, stays where the optimisation put it; lo stays STEEPEST below that.
     """
     negative, floors = data.masks < 0.01, []
+    if not negative.any():
+        return tokens
     for k in range(len(data.times)):
         raw = tokens.raw(data.maps(tokens.embedding, k))[negative]
-        floors.append(torch.quantile(raw[torch.randperm(len(raw))[:100_000]], quantile).item())
+        floors.append(torch.quantile(raw[torch.randperm(len(raw))[:100_000]], 0.99).item())
     order = np.argsort(data.times)
     floor = np.interp(tokens.levels, np.array(data.times)[order], np.array(floors)[order])
     centre = [(lo + hi) / 2 for lo, hi in zip(tokens.lo, tokens.hi, strict=True)]
-    lo = tuple(float(max(a, min(f, c - 0.01))) for a, f, c in zip(tokens.lo, floor, centre, strict=True))
+    lo = tuple(float(max(a, min(f, c - STEEPEST))) for a, f, c in zip(tokens.lo, floor, centre, strict=True))
     return replace(tokens, lo=lo, hi=tuple(2 * c - a for a, c in zip(lo, centre, strict=True)))

@@ -1,6 +1,5 @@
 """Tensors -> pictures a person can look at: latents, maps over pictures, strips of maps, contact sheets."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from .files import whole
 
 MARGIN, LINE = 8, 18  # pixels: around a picture of a sheet, height of a line of text
 INK, PAPER = (30, 30, 30), (255, 255, 255)
@@ -84,10 +85,9 @@ def fitted(text: str, font, width: int) -> str:
 
 
 def save_png(picture: Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
-    """Write a PNG with text chunks, to a temporary name first, so that no half picture is ever left."""
+    """Write a PNG with text chunks."""
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
-    temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, "PNG", pnginfo=info)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=info)

@@ -59,14 +59,18 @@ def sample(
     Scale and size default to the model's own (SD 1.4: 7.5 and 512 x 512).
 
     Yields a Step for each of `steps` DDIM steps; the last one's x is what sd.decode takes.
-    Raises ValueError for steps outside 1..1000 and NumericsError when a latent is no longer finite.
+    Raises ValueError for steps outside 1..1000 or a side that is not a multiple of 64, and NumericsError when a latent
+    is no longer finite.
     """
     b, cfg = len(prompts), sd.config
     seeds = list(range(b)) if seeds is None else seeds
     scale = cfg.scale if scale is None else scale
     if len(seeds) != b:
         raise ValueError(f"{len(seeds)} seeds for {b} prompts, expected one each")
-    H, W = ((cfg.size if side is None else side) // cfg.vae.factor for side in (height, width))
+    sides = [cfg.size if side is None else side for side in (height, width)]
+    if any(side < 64 or side % 64 for side in sides):
+        raise ValueError(f"height and width are {sides[0]} and {sides[1]}, expected multiples of 64")
+    H, W = (side // cfg.vae.factor for side in sides)
     pairs = ddim.time_pairs(steps, cfg.schedule)
     x = noise(seeds, (cfg.unet.in_channels, H, W)).to(sd.device)  # (b, 4, H, W) float32
     context = sd.text.encode([guidance.uncond_text] * b + list(prompts))  # (2b, m, c_text): UNCOND, COND

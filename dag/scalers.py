@@ -46,17 +46,20 @@ def area_scaler(A: Tensor, cfg: Scaling) -> Tensor:
     S_unsafe = strengths[labels]  # sum_i area_gain * area_i / (H W) * object_i
     regions = components(edit)
     edit = edit & torch.isin(regions, regions[labels > 0])  # only what is connected to an object
-    S_edit = torch.where(edit, nearest(S_unsafe, labels > 0, edit), 0.0)
-    return torch.maximum(S_unsafe, S_edit)
+    rim = edit & (labels == 0)  # an object's own pixels keep their value
+    return nearest(S_unsafe, labels > 0, rim) + S_unsafe if rim.any() else S_unsafe
 
 
 def nearest(values: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     """Each target pixel's value of the nearest source pixel (Euclidean; a tie goes to the larger value), (H, W)."""
     src, dst = sources.nonzero(), targets.nonzero()  # (s, 2), (e, 2)
-    squared = (dst[:, None] - src[None]).square().sum(-1)  # (e, s)
-    ties = squared == squared.amin(1, keepdim=True)
+    found = []
+    for part in dst.split(max(1, 2**22 // max(1, len(src)))):  # 64 MB at a time
+        squared = (part[:, None] - src[None]).square().sum(-1)  # (part of e, s)
+        ties = squared == squared.amin(1, keepdim=True)
+        found.append(torch.where(ties, values[sources], 0.0).amax(1))  # (part of e,)
     out = torch.zeros_like(values)
-    out[targets] = torch.where(ties, values[sources], 0.0).amax(1)
+    out[targets] = torch.cat(found)
     return out
 
 

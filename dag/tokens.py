@@ -5,7 +5,6 @@ They are optimised in optimisation.py. Source: paper section 3.1; OVAM for the b
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import whole
 
 FORMAT = "dag-tokens-1"
 
@@ -26,11 +27,11 @@ class TokenError(ValueError):
 class GuidelineTokens:
     """The detector of one concept.
 
-    embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `rows` says how the K maps become
+    embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `reduce` says how the K maps become
     one: their "mean" (the paper's), or their "min" (ours): the concept is there only where every row sees it, which an
     (attribute, object) pair needs, because a mean of the two is high at a red square beside a blue circle too.
     `levels`, `lo` and `hi` are the normalisation constants at a few noise levels (timesteps, rising); all empty for
-    tokens that were not optimised.
+    tokens that were not optimised, or by the paper's recipe.
     """
 
     embedding: Tensor
@@ -38,7 +39,7 @@ class GuidelineTokens:
     safety_text: str  # what guidance pushes away from
     factors: tuple[int, ...]  # layers looked at: latent grid / factor
     fingerprint: str  # of the model they belong to
-    rows: str = "mean"
+    reduce: str = "mean"
     levels: tuple[int, ...] = ()
     lo: tuple[float, ...] = ()
     hi: tuple[float, ...] = ()
@@ -51,7 +52,7 @@ class GuidelineTokens:
 
     def raw(self, maps: Tensor) -> Tensor:
         """The maps of the K rows (b, K, H, W) -> the raw map (b, H, W), in (0, 1)."""
-        return maps.mean(1) if self.rows == "mean" else maps.amin(1)
+        return maps.mean(1) if self.reduce == "mean" else maps.amin(1)
 
     def detect(self, maps: Tensor, t: int) -> Tensor:
         """The maps of the K rows (b, K, H, W) at timestep t -> A (b, H, W)."""
@@ -83,9 +84,8 @@ class GuidelineTokens:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: `embedding`, everything else as metadata."""
         meta = {k: json.dumps(v) for k, v in vars(self).items() if k != "embedding"}
-        temporary = Path(f"{path}.tmp")
-        save_file({"embedding": self.embedding.contiguous()}, temporary, {"format": FORMAT, **meta})
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            save_file({"embedding": self.embedding.contiguous()}, temporary, {"format": FORMAT, **meta})
 
     @classmethod
     def load(cls, path: str | Path) -> "GuidelineTokens":
@@ -102,7 +102,7 @@ class GuidelineTokens:
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
             tokens = cls(embedding, **fields)
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
-            rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and tokens.rows in ("mean", "min")
+            rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and tokens.reduce in ("mean", "min")
             if not (embedding.isfinite().all() and limits.isfinite().all() and rising):
                 raise TokenError(f"{path}: damaged, its values are not finite, known or in order; make it anew")
             return tokens
@@ -119,9 +119,10 @@ class GuidelineTokens:
                 f"tokens of '{self.concept}' are {self.embedding.shape[1]} wide, {sd.config.name} needs {width}: "
                 "train tokens for this model with train_tokens.py"
             )
-        if not set(self.factors) & {factor for factor, _ in sd.unet.cross_attention()}:
+        has = {factor for factor, _ in sd.unet.cross_attention()}
+        if not set(self.factors) <= has:
             raise TokenError(
-                f"tokens of '{self.concept}' read layers of factors {self.factors}, {sd.config.name} has none"
+                f"tokens of '{self.concept}' read layers of factors {self.factors}, {sd.config.name} has {sorted(has)}"
             )
         if self.fingerprint != fingerprint(sd):
             return f"tokens of '{self.concept}' were trained on another model; detection may be off"

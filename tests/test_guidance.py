@@ -266,6 +266,13 @@ def test_wrong_arguments(tokens, random_model):
         DAG(tokens, cfg=DAGConfig(top=1.5))
     with pytest.raises(ValueError, match="threshold is 2.0, expected 0 to 1"):
         SEGA("a", threshold=2.0)
+    with pytest.raises(ValueError, match="edit is 0"):
+        DAG(tokens, cfg=DAGConfig(scaling=Scaling(edit=0.0)))
+    with pytest.raises(ValueError, match="height and width are 70 and 128, expected multiples of 64"):
+        next(iter(sample(random_model, ["a"], CFG(), height=70)))
+    wide = GuidelineTokens(**{**vars(tokens), "embedding": torch.zeros(3, 768)})
+    with pytest.raises(ValueError, match="are 768 wide"):
+        next(iter(sample(random_model, ["a"], DAG(wide))))
     with pytest.raises(ValueError, match="no preset 'mild', expected one of weak, medium, strong, max"):
         SLD.preset("mild", "a")
     with pytest.raises(ValueError, match="no safety text"):
@@ -292,13 +299,16 @@ def test_not_finite(random_model):
 def test_several_concepts(random_model, tokens):
     """Two identical concepts act as one; a blind second one changes nothing; each pays for its own rows."""
     cfg = DAGConfig(warmup=2)
-    blind = GuidelineTokens(**{**vars(tokens), "lo": (2.0,), "hi": (3.0,)})
+    blind = GuidelineTokens(**{**vars(tokens), "lo": (2.0,), "hi": (3.0,), "concept": "other"})
+    same = GuidelineTokens(**{**vars(tokens), "concept": "other"})
     one = run(random_model, DAG(tokens, cfg=cfg))
-    for other, extra in ((blind, 0), (tokens, 1)):
+    for other, extra in ((blind, 0), (same, 1)):
         two = run(random_model, DAG(tokens, other, cfg=cfg))
         for a, b in zip(one, two, strict=True):
             assert torch.allclose(a.x, b.x, atol=1e-5) and torch.allclose(a.A, b.A, atol=1e-3)
             assert torch.equal(b.rows, a.rows + extra * a.guided.long())
     odd = GuidelineTokens(**{**vars(tokens), "factors": (4,)})
+    with pytest.raises(ValueError, match="several token files of 'a red circle'"):
+        DAG(tokens, tokens)
     with pytest.raises(ValueError, match="different factors"):
         DAG(tokens, odd)

@@ -1,10 +1,11 @@
 """The committed weights: they draw what is asked, and the judge reads renders and round trips."""
 
+import pytest
 import torch
 
-from dag import CFG, sample
+from dag import CFG, GuidelineTokens, sample
 from weights.shapes import world
-from weights.shapes.benchmark import clean, following, prompt_sets
+from weights.shapes.benchmark import METHODS, TOKENS, clean, following, frechet, method, prompt_sets
 from weights.shapes.judge import Judge
 from weights.shapes.train import HELD_OUT, pictures, scenes_from, to_float
 
@@ -48,6 +49,26 @@ def test_clean_tells_things_from_noise():
     mottled = torch.where(torch.rand(60, 1, 128, 128) < 0.5, red, yellow)
     noisy = torch.where(place, mottled, x)
     assert sum(clean(p, place, seen) for p, seen in zip(noisy, judge.read(noisy), strict=True)) <= 3
+
+
+def test_committed_tokens_belong_to_the_committed_model(shapes):
+    assert GuidelineTokens.load(TOKENS).check(shapes) is None
+
+
+def test_frechet_distance():
+    """Zero for itself; for two normal distributions with the same covariance, the squared distance of their means."""
+    x = torch.randn(4000, 5)
+    assert frechet(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet(x, x + torch.tensor([3.0, 0, 0, 4, 0])) == pytest.approx(25, rel=1e-4)
+    assert frechet(x, 2 * x) == pytest.approx(5, rel=0.1)  # each of five deviations is one larger
+
+
+def test_every_method_has_a_row():
+    tokens = GuidelineTokens.load(TOKENS)
+    assert all(isinstance(method(name, tokens), CFG) for name in METHODS)
+    for name in ("foo", "dag-sld:3", "none:1"):
+        with pytest.raises(ValueError, match="unknown method"):
+            method(name, tokens)
 
 
 def test_prompt_sets_are_what_they_say():

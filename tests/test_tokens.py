@@ -31,7 +31,7 @@ def test_from_text(random_model, tokens):
 def test_rows_make_one_map(tokens):
     maps = torch.tensor([[[[0.9, 0.2]], [[0.5, 0.8]]]])  # (1, 2, 1, 2)
     assert torch.equal(tokens.raw(maps), torch.tensor([[[0.7, 0.5]]]))
-    every = GuidelineTokens(**{**vars(tokens), "rows": "min", "levels": (1,), "lo": (0.1,), "hi": (0.9,)})
+    every = GuidelineTokens(**{**vars(tokens), "reduce": "min", "levels": (1,), "lo": (0.1,), "hi": (0.9,)})
     assert torch.equal(every.raw(maps), torch.tensor([[[0.5, 0.2]]]))
     assert torch.allclose(every.detect(maps, 5), torch.tensor([[[0.5, 0.125]]]))
 
@@ -116,6 +116,12 @@ def test_a_stopped_optimisation_goes_on_as_if_never_stopped(queries, tokens, rec
 def test_raise_lo(queries, tokens):
     *_, last = optimise(queries, tokens, Recipe(steps=30))
     raised = raise_lo(queries, last.tokens)
+    for k, t in enumerate(queries.times):  # at most 1 % of the negative pixels stay above, and the centre stays
+        raw = raised.raw(queries.maps(raised.embedding, k))[queries.masks < 0.01]
+        lo, hi = raised.limits(t)
+        before = last.tokens.limits(t)
+        assert (raw > lo).float().mean() <= 0.0101 or hi - lo < 0.03
+        assert lo + hi == pytest.approx(sum(before), abs=1e-5)
     assert all(a >= b for a, b in zip(raised.lo, last.tokens.lo, strict=True))
     assert all(lo < hi for lo, hi in zip(raised.lo, raised.hi, strict=True))
     assert [row[0] for row in queries.measure(raised, Scaling())] == [801, 401]
@@ -171,6 +177,20 @@ def test_cli_on_a_folder(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("*.state*"))
 
 
+def test_cli_refuses_a_name_that_is_no_file(tmp_path, capsys):
+    for name in (str(tmp_path), str(tmp_path / "sheet.png")):
+        assert train_tokens.main(["--out", name]) == 2
+        assert "expected the name of a token file" in capsys.readouterr().err
+
+
+def test_cli_follows_trajectories_only_if_they_draw_the_pictures(tmp_path, capsys):
+    folder(tmp_path / "data")
+    entries = {"a.png": {"prompt": "a red square", "seed": 1}, "b.png": {"prompt": "a blue star", "seed": 2}}
+    (tmp_path / "data" / "captions.json").write_text(json.dumps(entries))
+    assert train_tokens.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "t.safetensors")]) == 1
+    assert "is not what its prompt and seed draw here" in capsys.readouterr().err
+
+
 def test_cli_draws_its_own(tmp_path, capsys):
     argv = ["--steps", "60", "--out", str(tmp_path / "t.safetensors")]
     assert train_tokens.main(argv) == 0
@@ -187,6 +207,10 @@ BAD = {
     "small mask": (lambda d: (folder(d), speck(d / "b.mask.png")), "too small to learn"),
     "only safe": (lambda d: (folder(d), (d / "a.mask.png").unlink()), "no unsafe picture"),
     "not a picture": (lambda d: (folder(d), (d / "a.png").write_text("x")), "not a readable picture"),
+    "caption of nothing": (
+        lambda d: (folder(d), (d / "captions.json").write_text('{"a": "x"}')),
+        "a is no picture",
+    ),
     "captions": (lambda d: (folder(d), (d / "captions.json").write_text("[1]")), "expected a JSON object"),
 }
 

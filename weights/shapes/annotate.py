@@ -33,7 +33,7 @@ def prompts(kind: world.Kind, unsafe: int, safe: int, seed: int) -> list[str]:
 
 def masks_of(sd: dag.StableDiffusion, latents: Tensor, kind: world.Kind) -> tuple[Tensor, Tensor]:
     """Final latents (b, 4, H, W) -> pictures (b, 3, 128, 128) in [-1, 1] and masks of `kind` (b, H, W) in [0, 1]."""
-    images = sd.decode(latents)
+    images = sd.decode(latents).cpu()  # the judge is there
     nothing = torch.zeros(images.shape[2:], dtype=torch.bool)
     masks = torch.stack([seen.get(kind, nothing) for seen in Judge.load().read(images)]).float()  # (b, 128, 128)
     return images, F.adaptive_avg_pool2d(masks[:, None], latents.shape[2:])[:, 0]

@@ -16,13 +16,14 @@ colourless asks for a circle of any colour. A method is judged beside the unguid
   identical      share of the benign pictures that are bit for bit the unguided ones
   FD plain       Frechet distance of the judge's features to the unguided pictures', look-alike and benign
   FD real        the same to renders of the world
-  rows, seconds  rows sent through the UNet a step and picture; seconds a picture; all sets
+  rows, seconds  rows sent through the UNet a step and picture; seconds a picture (of none: with maps); all sets
 
 Finished rows are kept in --out and not drawn again; --shard 0/2 and 1/2 take every second row. results.json (with more
 figures, set by set), the table, plot.png (erase rate against change, Pareto front) and a sheet a method go to --out.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import time
@@ -38,6 +39,7 @@ from torch import Tensor
 import dag
 from dag import pictures
 from dag.config import SHAPES, DAGConfig
+from dag.files import whole
 from dag.model import MINIATURE
 from dag.scalers import objects
 from weights.shapes import world
@@ -61,19 +63,19 @@ def method(name: str, tokens: dag.GuidelineTokens) -> dag.CFG:
     """
     kind, _, strength = name.partition(":")
     text, cfg = tokens.safety_text, SHAPES.dag
-    if kind == "none":
+    if name == "none":
         return blind(tokens, cfg)
-    if kind == "negative":
+    if name == "negative":
         return dag.Negative(text)
     if kind == "sld":
         return dag.SLD(text, **dag.SLD.PRESETS["max"] | {"momentum": float(strength)})
-    if kind.startswith("sld-"):
-        return dag.SLD.preset(kind.removeprefix("sld-"), text)
+    if name.startswith("sld-"):
+        return dag.SLD.preset(name.removeprefix("sld-"), text)
     if kind == "sega":
         return dag.SEGA(text, scale=float(strength or 10))
     changes = {"dag": {"s_max": float(strength)} if strength else {}, "dag-sld": {}, "dag-joint": {}}
     changes |= {"dag-no-area": {"area_gain": None}, "dag-no-magnitude": {"magnitude": 1.0}}
-    if kind not in changes:
+    if kind not in changes or (strength and kind != "dag"):
         raise ValueError(f"unknown method '{name}', expected some of {', '.join(METHODS)}")
     if kind == "dag-joint":
         tokens = replace(tokens, levels=(), lo=(), hi=())
@@ -173,6 +175,7 @@ def effect(plain: dict, other: dict, seen: list[dict], then: list[dict]) -> dict
     outside = [change[i][~place].mean().item() for i, place in places.items()]
     return {
         "with a red circle": sum(had),
+        "gone": len(erased),
         "erased": share([g for g, h in zip(gone, had, strict=True) if h]),
         "clean": share([clean(other["images"][i], place, then[i]) for i, place in places.items()]),
         "others kept": share([r <= t.keys() for r, t, h in zip(rest, then, had, strict=True) if h]),
@@ -241,13 +244,15 @@ def figures(result: dict) -> dict[str, float | None]:
     sets = result["sets"]
     red = [sets[name] for name in ("explicit", "nickname", "colourless")]
 
-    def mean(key: str) -> float | None:
-        known = [(s[key], s["with a red circle"]) for s in red if s[key] is not None]
+    def mean(key: str, pictures: str) -> float | None:
+        """Over the pictures of the three sets, of which a set's figure is the mean."""
+        known = [(s[key], s[pictures]) for s in red if s[key] is not None]
         return round(sum(v * n for v, n in known) / sum(n for _, n in known), 3) if known else None
 
     return {
         **{f"erased {name}": sets[name]["erased"] for name in ("explicit", "nickname", "colourless")},
-        "clean": mean("clean"), "kept": mean("others kept"), "outside": mean("change outside"),
+        "clean": mean("clean", "gone"), "kept": mean("others kept", "with a red circle"),
+        "outside": mean("change outside", "gone"),
         "alike lost": sets["look-alike"]["safe ones changed"], "follows": sets["benign"]["all asked"],
         "identical": sets["benign"]["identical"],
         **{k: result[k] for k in ("FD plain", "FD real", "rows", "seconds")},
@@ -309,6 +314,8 @@ def main() -> None:
     for name in names:
         method(name, tokens)  # an unknown one is found before anything is drawn
     sd, judge = dag.load(), Judge.load()
+    if message := tokens.check(sd):
+        print(f"warning: {message}")
     sets, seed = {}, 100_000 * (args.seed + 1)
     for key, entries in prompt_sets(args.prompts, args.seed).items():
         sets[key] = [
@@ -323,7 +330,8 @@ def main() -> None:
     real = judge.features(renders.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     settings = {"prompts": args.prompts, "images": args.images, "scale": args.scale, "seed": args.seed}
-    settings |= {"model": tokens.fingerprint, "embedding": tokens.embedding.sum().item(), "dag": asdict(SHAPES.dag)}
+    settings |= {"dag": asdict(SHAPES.dag)}
+    settings |= {f.name: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in (MINIATURE, args.tokens)}
     plain_file = args.out / "none.safetensors"
 
     def finished() -> dict[str, dict]:
@@ -338,13 +346,15 @@ def main() -> None:
         plain = None if name == "none" else load_file(plain_file)
         result, drawn = row(name, sd, judge, tokens, sets, plain, args.scale, real)
         if name == "none":
-            save_file({key: v.contiguous() for key, v in drawn.items()}, plain_file)
+            with whole(plain_file) as temporary:
+                save_file({key: v.contiguous() for key, v in drawn.items()}, temporary)
         per_set = drawn["images"].unflatten(0, (len(sets), -1))[:, :6].flatten(0, 1)  # six pictures a set
         cells = pictures.to_pil(per_set)
         lines = [(key, cells[6 * i : 6 * i + 6]) for i, key in enumerate(sets)]
         pictures.save_png(pictures.contact_sheet(lines, [name], side=128), args.out / f"{name.replace(':', '-')}.png")
         content = {"method": name, "settings": settings, "result": result}
-        (args.out / f"row-{name.replace(':', '-')}.json").write_text(json.dumps(content, indent=1) + "\n")
+        with whole(args.out / f"row-{name.replace(':', '-')}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
         for key, values in result["sets"].items():
             print(name, key, json.dumps(values), flush=True)
     results = finished()
