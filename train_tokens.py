@@ -247,8 +247,8 @@ def run(args: argparse.Namespace) -> int:
             apart = (sd.decode(latents).cpu() - pictures).abs().mean((1, 2, 3)) / 2  # (N,)
             if apart.max() > 0.05:
                 raise ValueError(
-                    f"{args.data}: picture {int(apart.argmax()) + 1} is not what its prompt and seed draw here, 50 steps "
-                    f"at scale {sd.config.scale:g} (they differ by {apart.max():.0%}); leave out captions.json's seeds"
+                    f"{args.data}: picture {int(apart.argmax()) + 1} is not what its prompt and seed draw in 50 steps "
+                    f"at scale {sd.config.scale:g} (off by {apart.max():.0%}); leave the seeds out of captions.json"
                 )
     else:
         data, pictures = draw(sd, args.n_unsafe, args.n_safe, args.seed)

@@ -188,7 +188,7 @@ def test_cli_follows_trajectories_only_if_they_draw_the_pictures(tmp_path, capsy
     entries = {"a.png": {"prompt": "a red square", "seed": 1}, "b.png": {"prompt": "a blue star", "seed": 2}}
     (tmp_path / "data" / "captions.json").write_text(json.dumps(entries))
     assert train_tokens.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "t.safetensors")]) == 1
-    assert "is not what its prompt and seed draw here" in capsys.readouterr().err
+    assert "is not what its prompt and seed draw" in capsys.readouterr().err
 
 
 def test_cli_draws_its_own(tmp_path, capsys):
