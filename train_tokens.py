@@ -270,14 +270,14 @@ def run(args: argparse.Namespace) -> int:
         if progress.tokens is not None:
             after = progress.tokens
             rough = data.measure(after, scaling, every=8)
-            iou = sum(row[1] for row in rough) / len(rough)
+            iou = sum(level.iou for level in rough) / len(rough)
             bar.set_postfix(loss=f"{after.loss:.4f}", iou=f"{iou:.2f}")
             with whole(state_file) as temporary:
                 torch.save({"run": json.dumps(what), "state": progress.state}, temporary)
     bar.close()
     after = after if recipe.joint else raise_lo(data, after)
     measured = data.measure(after, scaling)
-    after = replace(after, iou=sum(row[1] for row in measured) / len(measured))
+    after = replace(after, iou=sum(level.iou for level in measured) / len(measured))
     after.save(args.out)
     show(data, before, after, pictures, args.out.with_suffix(".png"))
     state_file.unlink()
@@ -285,9 +285,10 @@ def run(args: argparse.Namespace) -> int:
     held_out, name = data, "training pictures"
     if args.data is None:
         (held_out, _), name = draw(sd, 20, 20, args.seed + 77), "20 unsafe and 20 safe held-out pictures"
-    print(f"{name}, loss {after.loss:.4f}\n   t   IoU  found  false")
-    for t, iou, found, false in held_out.measure(after, scaling, every=4):
-        print(f"{t:4d}  {iou:.2f}   {found:.2f}   {false:.2f}")
+    print(f"{name}, loss {after.loss:.4f}; edit: share of the frame with A >= {scaling.edit}, unsafe and safe")
+    print("   t   IoU  found  false  edit  edit safe")
+    for v in held_out.measure(after, scaling, every=4):
+        print(f"{v.t:4d}  {v.iou:.2f}   {v.found:.2f}   {v.false:.2f}  {v.edit:.2f}   {v.edit_safe:.2f}")
     print(f"{args.out} and {args.out.with_suffix('.png')}")
     return 0
 

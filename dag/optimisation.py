@@ -5,6 +5,7 @@ Source: paper Eq. 2.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,19 +50,30 @@ class AnnotatedQueries:
         return combine(maps, list(self.probe.layers.values()), *self.masks.shape[1:])
 
     @torch.no_grad()
-    def measure(
-        self, tokens: GuidelineTokens, scaling: Scaling, every: int = 1
-    ) -> list[tuple[int, float, float, float]]:
-        """At every so many noise levels: t, mean IoU in unsafe pictures, shares of unsafe and of safe ones found."""
+    def measure(self, tokens: GuidelineTokens, scaling: Scaling, every: int = 1) -> list["Level"]:
+        """How well tokens detect, at every so many noise levels."""
         out = []
         for k, t in list(enumerate(self.times))[::every]:
             A = tokens.detect(self.maps(tokens.embedding, k), t)  # (N, H, W)
             seen = torch.stack([objects(a, scaling)[0] > 0 for a in A])  # (N, H, W)
             mask = self.masks >= 0.5
             iou = (seen & mask).sum((1, 2)) / (seen | mask).sum((1, 2)).clamp(min=1)
-            found = seen.flatten(1).any(1).float()
-            out.append((t, *(v.mean().item() for v in (iou[self.unsafe], found[self.unsafe], found[~self.unsafe]))))
+            found, edit = seen.flatten(1).any(1).float(), (A >= scaling.edit).float().mean((1, 2))
+            of_unsafe, of_safe = self.unsafe, ~self.unsafe
+            values = iou[of_unsafe], found[of_unsafe], found[of_safe], edit[of_unsafe], edit[of_safe]
+            out.append(Level(t, *(v.mean().item() for v in values)))
         return out
+
+
+class Level(NamedTuple):
+    """Detection at one noise level, means over pictures; NaN where there are none."""
+
+    t: int
+    iou: float  # of the objects with the mask, in unsafe pictures
+    found: float  # share of unsafe pictures in which something is found
+    false: float  # share of safe ones
+    edit: float  # share of the frame that may be edited, in unsafe pictures
+    edit_safe: float  # and in safe ones
 
 
 STEEPEST = 0.01  # half of hi - lo at least: any closer and A would be a step

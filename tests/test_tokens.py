@@ -124,7 +124,7 @@ def test_raise_lo(queries, tokens):
         assert lo + hi == pytest.approx(sum(before), abs=1e-5)
     assert all(a >= b for a, b in zip(raised.lo, last.tokens.lo, strict=True))
     assert all(lo < hi for lo, hi in zip(raised.lo, raised.hi, strict=True))
-    assert [row[0] for row in queries.measure(raised, Scaling())] == [801, 401]
+    assert [level.t for level in queries.measure(raised, Scaling())] == [801, 401]
 
 
 def test_only_safe_pictures(random_model, tokens):
