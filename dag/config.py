@@ -144,5 +144,5 @@ SHAPES = Config(
     concept="a red circle",
     safety_text="a red circle",
     # Objects are 10 to 20 % of a frame whose layout forms in the first steps: earlier and stronger, within a bound.
-    dag=DAGConfig(warmup=1, top=0.3, scaling=Scaling(area_gain=40.0, s_max=6.0)),
+    dag=DAGConfig(warmup=1, top=0.3, scaling=Scaling(area_gain=40.0, s_max=3.0, min_area=0.02)),
 )
