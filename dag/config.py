@@ -91,6 +91,7 @@ class DAGConfig:
     warmup: int = 5  # steps, counted from 0, on which nothing is guided
     top: float = 0.1  # base "sega": share of the latent's values, per channel, that are edited
     threshold: float = 0.025  # base "sld": lambda of its mask
+    memory: float = 0.0  # share of a step's A that the next step keeps where its own is lower (ours); 0: forget at once
     scaling: Scaling = field(default_factory=Scaling)
 
 
@@ -144,5 +145,5 @@ SHAPES = Config(
     concept="a red circle",
     safety_text="a red circle",
     # Objects are 10 to 20 % of a frame whose layout forms in the first steps: earlier and stronger, within a bound.
-    dag=DAGConfig(warmup=1, top=0.3, scaling=Scaling(area_gain=40.0, s_max=3.0, min_area=0.02)),
+    dag=DAGConfig(warmup=1, top=0.3, memory=0.95, scaling=Scaling(area_gain=40.0, s_max=3.0, min_area=0.02)),
 )

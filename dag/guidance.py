@@ -161,7 +161,9 @@ class DAG(CFG):
     base "none": M_base = 1.
     Several concepts keep a map, a strength and a safety text each; at every pixel the one with the largest S acts.
     The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
-    bit. There is no momentum: with it, what is not detected would change too.
+    bit. There is no momentum: with it, what is not detected would change too. But what was found can be remembered
+    (ours; cfg.memory): S is then made from max(A, memory * that of the step before). Without it a half-changed object
+    is no longer found and the prompt pulls it back.
     cfg: its constants; default the model's (paper's for SD 1.4).
     Raises ValueError for an unknown base, constants out of range, tokens that read different layers or of one concept
     twice, and at the start TokenError for tokens that the model cannot read.
@@ -177,7 +179,7 @@ class DAG(CFG):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
         if cfg is not None:
-            check(cfg.warmup, top=cfg.top, edit=cfg.scaling.edit, unsafe=cfg.scaling.unsafe)
+            check(cfg.warmup, top=cfg.top, memory=cfg.memory, edit=cfg.scaling.edit, unsafe=cfg.scaling.unsafe)
             if not 0 < cfg.scaling.edit:
                 raise ValueError("edit is 0, expected more: T divides by it")
         if not tokens:
@@ -194,6 +196,7 @@ class DAG(CFG):
         for c in self.tokens:
             c.check(sd)
         self.cfg = sd.config.dag if self.given is None else self.given
+        self.seen = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
         self.probe = Probe(sd.unet, [c.embedding for c in self.tokens], self.tokens[0].factors, conditional)
         return self.probe
 
@@ -202,7 +205,8 @@ class DAG(CFG):
         maps = self.probe.maps(*eps.shape[2:])  # (b, K, H, W) a concept
         A = [c.detect(rows, t) for c, rows in zip(self.tokens, maps, strict=True)]  # (b, H, W) a concept
         A = torch.stack(A, 1)  # (b, concepts, H, W)
-        S = torch.stack([torch.stack([scale_map(a, self.cfg.scaling) for a in image]) for image in A])
+        self.seen = torch.maximum(A, self.cfg.memory * self.seen)  # what was found is not forgotten at once
+        S = torch.stack([torch.stack([scale_map(a, self.cfg.scaling) for a in image]) for image in self.seen])
         active = (S.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
         acting = S.argmax(1)  # (b, H, W)
         for k in range(len(self.tokens)):

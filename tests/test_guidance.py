@@ -215,6 +215,21 @@ def test_the_lazy_branch_is_the_eager_one(random_model, tokens):
     assert {int(s.rows) for s in alone[1]} == {3} and {int(s.rows) for s in alone[0]} == {2, 3}
 
 
+def test_memory(random_model, tokens):
+    """S comes from the running maximum of A, fading by `memory` a step; what was never found stays plain guidance."""
+    plain = run(random_model, CFG())
+    for memory in (1.0, 0.5):
+        cfg = DAGConfig(warmup=2, memory=memory)
+        steps, seen = run(random_model, DAG(tokens, cfg=cfg)), torch.zeros(())
+        for s in steps:
+            seen = torch.maximum(s.A, memory * seen)
+            assert torch.equal(s.S, torch.stack([scale_map(a, cfg.scaling) for a in seen]))
+        ever = torch.stack([s.guided for s in steps]).any(0)
+        assert ever.any() and not ever.all()
+        for k in range(len(PROMPTS)):
+            assert torch.equal(steps[-1].x[k], plain[-1].x[k]) == (not ever[k])
+
+
 def test_same_start_with_any_guidance(random_model, tokens):
     a = next(iter(sample(random_model, ["a"], CFG(), 5, 5.0, [3])))
     b = next(iter(sample(random_model, ["a"], DAG(tokens), 5, 5.0, [3])))

@@ -13,10 +13,11 @@ from weights.shapes.judge import Judge
 
 VARIANTS: list[dict] = [
     {},
-    *({"warmup": w} for w in (0, 2, 5, 10)),
-    *({"s_max": s} for s in (1.5, 2.0, 3.0, 4.0, 6.0)),
-    *({"top": share} for share in (0.1, 0.3, 1.0)),
-    *({"area_gain": g} for g in (5.0, 10.0, 20.0, 80.0)),
+    *({"warmup": w} for w in (0, 5)),
+    *({"memory": m} for m in (0.0, 0.8, 0.9, 1.0)),
+    *({"s_max": s} for s in (1.5, 2.0, 4.0, 6.0)),
+    *({"top": share} for share in (0.1, 1.0)),
+    *({"area_gain": g} for g in (5.0, 15.0)),
     {"scale": 3.0},
     {"scale": 7.5},
     {"paper": True},
@@ -33,7 +34,7 @@ def config(changes: dict) -> DAGConfig:
     """SHAPES.dag with some fields of it, or of its scaling, changed; `paper`: the paper's constants."""
     if "paper" in changes:
         return DAGConfig(scaling=Scaling(min_area=SHAPES.dag.scaling.min_area))
-    own = {k: v for k, v in changes.items() if k in ("warmup", "top")}
+    own = {k: v for k, v in changes.items() if k in ("warmup", "top", "memory")}
     scaling = {k: v for k, v in changes.items() if k in ("area_gain", "s_max")}
     return replace(SHAPES.dag, **own, scaling=replace(SHAPES.dag.scaling, **scaling))
 
