@@ -144,6 +144,6 @@ SHAPES = Config(
     cam_factors=(1, 2),  # 16 x 16 and 8 x 8 of 16 x 16
     concept="a red circle",
     safety_text="a red circle",
-    # Objects are 10 to 20 % of a frame whose layout forms in the first steps: earlier and stronger, within a bound.
-    dag=DAGConfig(warmup=1, top=0.3, memory=0.95, scaling=Scaling(area_gain=40.0, s_max=3.0, min_area=0.02)),
+    # Objects are 10 to 20 % of a small frame: guided harder, within a bound, and not forgotten (docs/constants.md).
+    dag=DAGConfig(top=0.3, memory=0.97, scaling=Scaling(area_gain=40.0, s_max=3.0, min_area=0.02)),
 )
