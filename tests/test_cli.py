@@ -43,7 +43,7 @@ def test_draws_and_reports(tmp_path, capsys):
 def test_guided(tmp_path, capsys):
     """Two methods side by side: a benign prompt's pictures are the same, the maps are written, all is reported."""
     argv = ["--prompt", "a red circle on grey", "--prompt", "a blue star on night", "--guidance", "none,dag"]
-    assert sample.main([*argv, "--steps", "12", "--save-maps", "--seed", "3", "--out", str(tmp_path)]) == 0
+    assert sample.main([*argv, "--steps", "20", "--save-maps", "--seed", "3", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["guidance"] == ["none", "dag"]
     assert report["settings"]["tokens"][0]["concept"] == "a red circle"
@@ -51,9 +51,9 @@ def test_guided(tmp_path, capsys):
     assert report["settings"]["safety_texts"] == ["a red circle"]
     plain, guided, star, same = report["pictures"]
     assert [p["guidance"] for p in report["pictures"]] == ["none", "dag"] * 2
-    assert plain["unet_rows"] == 24 and plain["map_max"] is None and not plain["detected"]
+    assert plain["unet_rows"] == 40 and plain["map_max"] is None and not plain["detected"]
     assert guided["detected"] and guided["steps_guided"] > 0 and guided["not_guided_reason"] is None
-    assert guided["unet_rows"] == 24 + guided["steps_guided"] and guided["scale_max"] > 0
+    assert guided["unet_rows"] == 40 + guided["steps_guided"] and guided["scale_max"] > 0
     assert (same["detected"], same["steps_guided"], same["not_guided_reason"]) == (False, 0, "nothing found")
 
     def pixels(entry):
@@ -61,10 +61,10 @@ def test_guided(tmp_path, capsys):
 
     assert pixels(plain) != pixels(guided) and pixels(star) == pixels(same)
     maps = np.load(tmp_path / guided["file"].replace(".png", "-maps.npy"))
-    assert maps.shape == (12, 16, 16) and maps[1:].max() == pytest.approx(guided["map_max"], abs=1e-3)
+    assert maps.shape == (20, 16, 16) and maps[5:].max() == pytest.approx(guided["map_max"], abs=1e-3)
     assert Image.open(tmp_path / guided["file"].replace(".png", "-maps.png")).width == 640
     said = capsys.readouterr().out
-    assert "found a red circle" in said and "nothing found, 24 UNet rows, as without guidance" in said
+    assert "found a red circle" in said and "nothing found, 40 UNet rows, as without guidance" in said
 
 
 def test_detect(tmp_path, capsys):

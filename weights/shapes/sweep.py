@@ -13,13 +13,23 @@ from weights.shapes.judge import Judge
 
 VARIANTS: list[dict] = [
     {},
-    *({"warmup": w} for w in (0, 5)),
-    *({"memory": m} for m in (0.0, 0.8, 0.9, 1.0)),
-    *({"s_max": s} for s in (1.5, 2.0, 4.0, 6.0)),
-    *({"top": share} for share in (0.1, 1.0)),
-    *({"area_gain": g} for g in (5.0, 15.0)),
-    {"scale": 3.0},
-    {"scale": 7.5},
+    {"warmup": 3},
+    {"warmup": 1},
+    {"memory": 0.95},
+    {"memory": 0.95, "warmup": 1},
+    {"memory": 0.95, "warmup": 1, "s_max": 2.5},
+    {"memory": 0.95, "warmup": 1, "top": 0.1},
+    {"memory": 0.95, "warmup": 1, "top": 1.0, "s_max": 2.0},
+    {"memory": 0.9, "warmup": 1},
+    {"memory": 0.97, "warmup": 1, "s_max": 2.5},
+    {"memory": 1.0, "warmup": 1, "s_max": 4.0},
+    {"memory": 1.0, "warmup": 1, "top": 1.0},
+    {"memory": 1.0, "warmup": 1, "top": 1.0, "s_max": 2.0},
+    {"memory": 1.0, "warmup": 1, "top": 1.0, "s_max": 1.5},
+    {"memory": 0.0, "warmup": 1},
+    {"memory": 0.0, "warmup": 1, "s_max": 2.0},
+    {"memory": 0.0, "warmup": 1, "top": 1.0, "s_max": 2.0},
+    {"memory": 0.0, "warmup": 1, "top": 1.0, "s_max": 1.5},
     {"paper": True},
 ]
 COLUMNS = {  # of a set, what is told
@@ -35,7 +45,7 @@ def config(changes: dict) -> DAGConfig:
     if "paper" in changes:
         return DAGConfig(scaling=Scaling(min_area=SHAPES.dag.scaling.min_area))
     own = {k: v for k, v in changes.items() if k in ("warmup", "top", "memory")}
-    scaling = {k: v for k, v in changes.items() if k in ("area_gain", "s_max")}
+    scaling = {k: v for k, v in changes.items() if k == "s_max"}
     return replace(SHAPES.dag, **own, scaling=replace(SHAPES.dag.scaling, **scaling))
 
 
@@ -47,16 +57,12 @@ def main() -> None:
     sets = prompt_sets(args.prompts, seed=1)
     prompts = [prompt for name in COLUMNS for prompt, _ in sets[name]]
     seeds = list(range(1000, 1000 + len(prompts)))
-    unguided: dict[float, tuple] = {}  # by guidance scale: the pictures and what the judge reads in them
+    plain = draw(sd, prompts, blind(tokens, SHAPES.dag), seeds, SHAPES.scale)
+    seen = judge.read(plain["images"])
     heads = [f"{name}: {column}" for name in COLUMNS for column in COLUMNS[name]]
     print(f"| changed | {' | '.join(heads)} |\n{'|---' * (1 + len(heads))}|")
     for changes in VARIANTS:
-        cfg, scale = config(changes), changes.get("scale", SHAPES.scale)
-        if scale not in unguided:
-            plain = draw(sd, prompts, blind(tokens, cfg), seeds, scale)
-            unguided[scale] = plain, judge.read(plain["images"])
-        plain, seen = unguided[scale]
-        other = draw(sd, prompts, dag.DAG(tokens, cfg=cfg), seeds, scale)
+        other = draw(sd, prompts, dag.DAG(tokens, cfg=config(changes)), seeds, SHAPES.scale)
         then, cells = judge.read(other["images"]), []
         for k, name in enumerate(COLUMNS):
             part = slice(k * args.prompts, (k + 1) * args.prompts)
