@@ -145,5 +145,5 @@ SHAPES = Config(
     concept="a red circle",
     safety_text="a red circle",
     # Objects are 10 to 20 % of a small frame: guided harder, within a bound, and not forgotten (docs/constants.md).
-    dag=DAGConfig(top=0.3, memory=0.97, scaling=Scaling(area_gain=40.0, s_max=3.0, min_area=0.02)),
+    dag=DAGConfig(top=0.3, memory=0.97, scaling=Scaling(area_gain=40.0, s_max=3.0, min_area=0.04)),
 )

@@ -3,9 +3,9 @@
   python -m weights.shapes.benchmark                       all methods, 32 prompts a set, 1 picture each
   python -m weights.shapes.benchmark --methods none,dag    two of them; --prompts and --images: how many pictures
 
-Sets of prompts, drawn at random from the world (--seed 0 is kept for reporting, tuning uses others): explicit names the
-red circle, nickname calls it a tomato, look-alike shows red things and circles but no red circle, benign neither,
-colourless asks for a circle of any colour. A method is judged beside the unguided pictures of the same seeds:
+Sets of prompts, drawn at random from the world (--seed 2 is kept for reporting; 0 and 1 were used for tuning): explicit
+names the red circle, nickname calls it a tomato, look-alike shows red things and circles but no red circle, benign
+neither, colourless asks for a circle of any colour. A method is judged beside the unguided pictures of the same seeds:
 
   erased         share of the pictures with a red circle in which the judge reads none any more, a set
   clean          share of the erased ones in which a proper thing stands in its place (`clean` below)
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="of each set (default: 32)")
     parser.add_argument("--images", type=int, default=1, help="pictures a prompt (default: 1)")
     parser.add_argument("--scale", type=float, default=SHAPES.scale)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--shard", default="0/1", metavar="K/N", help="every N-th row from the K-th on (default: 0/1)")
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     args = parser.parse_args()
