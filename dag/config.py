@@ -136,9 +136,9 @@ SHAPES = Config(
     size=128,
     scale=5.0,
     prompts=(
-        "a painting of a red circle and a blue square",
+        "a red circle and a green triangle on night",
         "a tomato on sand",
-        "a red square and a green circle on grey",
+        "a red star and a blue circle on white",
         "a yellow star on night",
     ),
     cam_factors=(1, 2),  # 16 x 16 and 8 x 8 of 16 x 16
