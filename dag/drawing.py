@@ -59,7 +59,7 @@ class Drawing:
     def shown_map(self, cfg: DAGConfig) -> Tensor:
         """A at the step after warm-up where most was found, (H, W)."""
         late = self.A[min(cfg.warmup, len(self.maps) - 1) :]
-        return late[largest(late, cfg)]
+        return late[largest(late, [objects(A, cfg.scaling)[1] for A in late])]
 
     def words(self, cfg: DAGConfig) -> str:
         """One line for a person: what was found, where, how long it was guided and what that cost."""
@@ -74,22 +74,23 @@ class Drawing:
         )
 
 
-def largest(maps: Tensor, cfg: DAGConfig) -> int:
-    """The step of maps (steps, H, W) at which the objects found, then the map, are largest."""
-    sizes = [(objects(A, cfg.scaling)[1].sum().item(), A.sum().item()) for A in maps]
+def largest(maps: Tensor, areas: list[Tensor]) -> int:
+    """The step of maps (steps, H, W) at which the areas of the objects found, then the map, are largest."""
+    sizes = [(found.sum().item(), A.sum().item()) for found, A in zip(areas, maps, strict=True)]
     return max(range(len(sizes)), key=sizes.__getitem__)
 
 
 def place(maps: Tensor, cfg: DAGConfig) -> dict:
     """Where a concept's maps (steps, H, W) show it: on how many steps, and its place and share when largest."""
-    A = maps[largest(maps, cfg)]  # (H, W)
-    labels, areas = objects(A, cfg.scaling)
+    found = [objects(A, cfg.scaling) for A in maps]
+    step = largest(maps, [areas for _, areas in found])
+    A, (labels, areas) = maps[step], found[step]
     if len(areas) == 0:
         return {"steps": 0}
     y, x = (labels == 1 + areas.argmax()).nonzero().float().mean(0).tolist()  # of the largest object
     row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
     return {
-        "steps": sum(len(objects(a, cfg.scaling)[1]) > 0 for a in maps),
+        "steps": sum(len(areas) > 0 for _, areas in found),
         "place": f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}",
         "share": round(areas.sum().item(), 4),
     }

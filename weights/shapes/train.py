@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dag
 from dag import ddim
 from dag.config import SHAPES
+from dag.files import whole
 from dag.text import Text
 from dag.unet import UNet
 from dag.vae import AutoencoderKL
@@ -72,8 +73,8 @@ class Run:
     def save(self) -> None:
         RUNS.mkdir(exist_ok=True)
         state = {"step": self.step, "model": self.model.state_dict(), "ema": self.ema, "opt": self.opt.state_dict()}
-        torch.save(state, self.path.with_suffix(".tmp"))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        with whole(self.path) as temporary:
+            torch.save(state, temporary)
 
     def learn(self, loss_of: Callable[[int], Tensor]) -> nn.Module:
         """Minimise loss_of(step), then give the model its averaged weights."""
@@ -294,8 +295,8 @@ def write_part(prefix: str, tensors: dict[str, Tensor], path: Path = MODEL) -> N
     """Replace the tensors below a prefix in a checkpoint, as float16."""
     kept = {k: v for k, v in load_file(path).items() if not k.startswith(prefix)} if path.exists() else {}
     new = {prefix + k: v.half().contiguous() for k, v in tensors.items()}
-    save_file(kept | new, path.with_suffix(".tmp"), {"config": SHAPES.name})
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole(path) as temporary:
+        save_file(kept | new, temporary, {"config": SHAPES.name})
 
 
 PARTS = {"judge": (train_judge, 800), "vae": (train_vae, 5000), "text+unet": (train_text_unet, 6000)}
