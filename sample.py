@@ -83,6 +83,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=("float32", "float16", "bfloat16"),
         help="of the networks (default: float16 on cuda, else float32)",
     )
+    add(
+        "--attention",
+        choices=("auto", "plain", "fused"),
+        default="auto",
+        help="how guideline maps are computed: by PyTorch (plain) or the Triton kernel (fused) (default: auto)",
+    )
     add("--guidance", type=methods_of, metavar="LIST", help=f"one column each: {', '.join(METHODS)} (default: dag)")
     add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
     add("--safety-text", metavar="TEXT", help="what guidance pushes away from (default: the token file's)")
@@ -163,14 +169,24 @@ def open_model(args: argparse.Namespace):
     return dag.load(args.ckpt, device, getattr(torch, name)), device, name
 
 
-def guidance_of(name: str, tokens, safety_texts: list[str], safety_text: str | None):
+def check_attention(choice: str, sd) -> None:
+    from dag.attention import with_maps
+
+    try:
+        with_maps(choice, sd.device, sd.dtype)
+    except ValueError as e:
+        raise UsageError(f"--attention {choice}: {e}") from e
+
+
+def guidance_of(name: str, tokens, safety_texts: list[str], safety_text: str | None, attention: str):
     """The method of a column, one of METHODS."""
     import dag
 
     if name == "none":
         return dag.CFG()
     if name.startswith("dag"):
-        return dag.DAG(*tokens, safety_text=safety_text, base="sld" if name == "dag-sld" else "sega")
+        base = "sld" if name == "dag-sld" else "sega"
+        return dag.DAG(*tokens, safety_text=safety_text, base=base, attention=attention)
     if name == "sega":
         return dag.SEGA(*safety_texts, scale=10.0)  # as the paper runs it; its authors' default is 5
     everything = ", ".join(safety_texts)  # the others know one concept
@@ -206,6 +222,7 @@ def run(args: argparse.Namespace) -> int:
     from dag import drawing, pictures
 
     sd, device, dtype = open_model(args)
+    check_attention(args.attention, sd)
     cfg = sd.config
     if args.debug:
         print(f"{cfg.name}, ignored in the checkpoint: {', '.join(sd.ignored) or 'nothing'}")
@@ -223,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
         safety_texts = [args.safety_text]
     concepts = [c for c, _ in tokens]
     for method in methods:
-        guidance = guidance_of(method, concepts, safety_texts, args.safety_text)
+        guidance = guidance_of(method, concepts, safety_texts, args.safety_text, args.attention)
         warmup = cfg.dag.warmup if method.startswith("dag") else getattr(guidance, "warmup", 0)
         if args.steps <= warmup:
             warn(f"--steps {args.steps} is not more than {method}'s warm-up of {warmup} steps: nothing will be guided")
@@ -232,7 +249,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = {
         "model": str(args.ckpt or cfg.name), "steps": args.steps, "scale": scale, "height": size[0], "width": size[1],
-        "seed": args.seed, "n_images": args.n_images, "device": device, "dtype": dtype, "guidance": methods,
+        "seed": args.seed, "n_images": args.n_images, "device": device, "dtype": dtype,
+        "attention": args.attention, "guidance": methods,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
         "safety_texts": [] if methods == ["none"] else safety_texts,
     }  # fmt: skip
@@ -243,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
             for m, method in enumerate(methods):
-                guidance = guidance_of(method, concepts, safety_texts, args.safety_text)
+                guidance = guidance_of(method, concepts, safety_texts, args.safety_text, args.attention)
                 title = f"{method}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
                 bar = partial(tqdm, desc=title, total=args.steps, unit="step", leave=False)
                 for k, d in enumerate(drawing.draw(sd, part, method, guidance, args.steps, scale, size, bar), start):
@@ -288,13 +306,14 @@ def detect(args: argparse.Namespace) -> int:
     except (UnidentifiedImageError, OSError) as e:
         raise ValueError(f"{args.detect}: not a readable picture; expected a PNG or JPEG file") from e
     sd, *_ = open_model(args)
+    check_attention(args.attention, sd)
     size = args.width or sd.config.size, args.height or sd.config.size
     if picture.size != size:
         warn(f"{args.detect}: is {picture.width} x {picture.height} pixels, looked at as {size[0]} x {size[1]}")
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     rows, report = [], []
     for tokens, _ in tokens_for(args, sd):
-        maps = dag.detect(sd, tokens, from_pil(picture), list(LEVELS), args.seed)  # (levels, H, W)
+        maps = dag.detect(sd, tokens, from_pil(picture), list(LEVELS), args.seed, args.attention)  # (levels, H, W)
         areas = [round(objects(A, sd.config.dag.scaling)[1].sum().item(), 4) for A in maps]
         yes = sum(area > 0 for area in areas) > len(LEVELS) / 2
         rows.append((tokens.concept, [picture, *(overlay(picture, A) for A in maps)]))

@@ -5,6 +5,8 @@ one head, c = h*d channels, g guideline rows (background row included).
 Source: CompVis ldm/modules/attention.py; the maps are method Eq. 1 (see `guideline_maps`).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,49 @@ def guideline_maps(q: Tensor, dk: Tensor) -> Tensor:
     return torch.sigmoid(q.float() @ dk.float().transpose(1, 2)).mean(1).transpose(1, 2)  # (b, h, n, K) -> (b, K, n)
 
 
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The main attention: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d).
+
+    Fork here, and with maps use "plain" below: the fused kernel has this formula too.
+    """
+    return F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
+
+
+def cross_attention_with_maps(
+    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice | Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The same, and the guideline maps of some batch rows, for dk (h, K, d): (b, h, n, d) and (rows, K, n) float32.
+
+    This is the plain one: it runs everywhere, and kernels/cross_attention.py, which reads q once, is tested against it.
+    """
+    return cross_attention(q, k, v), guideline_maps(q[rows], dk)
+
+
+def with_maps(choice: str, device: torch.device, dtype: torch.dtype, K: int = 1, d: int = 1) -> Callable:
+    """The function that computes both: for "plain" the one above, for "fused" the kernel, for "auto" by the rule below.
+
+    device, dtype: of the queries; K: concept rows; d: channels of a head. Raises ValueError where "fused" cannot run.
+    """
+    # The rule. The compiled kernel has never run on a GPU: once `python -m kernels.bench` has passed on one, let "auto"
+    # be device.type == "cuda". Where the kernel cannot run, "auto" is plain in any case.
+    rule = {"auto": False, "plain": False, "fused": True}
+    if choice not in rule:
+        raise ValueError(f"attention is '{choice}', expected {', '.join(rule)}")
+    if not rule[choice]:
+        return cross_attention_with_maps
+    try:
+        from kernels import cross_attention as kernel  # here: it needs triton, this package does not
+
+        obstacle = kernel.obstacle(device, dtype, K, d)
+    except ImportError as e:
+        obstacle = f"triton cannot be imported ({e})"
+    if obstacle is None:
+        return kernel.cross_attention_with_maps
+    if choice == "fused":
+        raise ValueError(f"the fused kernel cannot run: {obstacle}; use auto or plain")
+    return cross_attention_with_maps
+
+
 class SelfAttention(nn.Module):
     """Every pixel looks at every pixel: (b, n, c) -> (b, n, c)."""
 
@@ -54,7 +99,7 @@ class CrossAttention(nn.Module):
     """Every pixel looks at the text, and if a probe asks at guideline tokens: (b, n, c), (b, m, c_text) -> (b, n, c).
 
     The probe never touches the output: the main attention is the same call with and without it, so a picture in which
-    nothing is found is bit for bit the unguided one.
+    nothing is found is bit for bit the unguided one. (With the fused kernel, which is another call: within rounding.)
     """
 
     def __init__(self, channels: int, cfg: UNetConfig):
@@ -69,9 +114,11 @@ class CrossAttention(nn.Module):
         q = split_heads(self.to_q(x), self.num_heads)  # (b, h, n, d)
         k = split_heads(self.to_k(context), self.num_heads)  # (b, h, m, d)
         v = split_heads(self.to_v(context), self.num_heads)  # (b, h, m, d)
-        out = F.scaled_dot_product_attention(q, k, v)  # (b, h, n, d) = softmax(q k^T / sqrt(d)) v
-        if probe is not None:
-            probe.see(self, q)  # keeps a small map if this is one of its layers (dag/cam.py)
+        dk = None if probe is None else probe.see(self, q)  # (h, K, d) if it wants this layer's maps (dag/cam.py)
+        if dk is None:
+            out = cross_attention(q, k, v)  # (b, h, n, d)
+        else:
+            out, probe.seen[self] = probe.with_maps(q, k, v, dk, probe.rows)  # (b, h, n, d), (rows, K, n)
         return self.to_out(merge_heads(out))  # (b, n, c)
 
 

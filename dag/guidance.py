@@ -164,7 +164,8 @@ class DAG(CFG):
     bit. There is no momentum: with it, what is not detected would change too. But what was found can be remembered
     (ours; cfg.memory): S is then made from max(A, memory * that of the step before). Without it a half-changed object
     is no longer found and the prompt pulls it back.
-    cfg: its constants; default the model's (paper's for SD 1.4).
+    cfg: its constants; default the model's (paper's for SD 1.4). attention: how the maps are computed, auto, plain or
+    fused (with_maps in attention.py).
     Raises ValueError for an unknown base, constants out of range, tokens that read different layers or of one concept
     twice, and at the start TokenError for tokens that the model cannot read.
     """
@@ -175,6 +176,7 @@ class DAG(CFG):
         safety_text: str | None = None,
         base: str = "sega",
         cfg: DAGConfig | None = None,
+        attention: str = "auto",
     ):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
@@ -188,7 +190,7 @@ class DAG(CFG):
             raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
         if len({c.concept for c in tokens}) != len(tokens):
             raise ValueError(f"several token files of '{tokens[0].concept}'; expected one a concept")
-        self.tokens, self.base, self.given = tokens, base, cfg
+        self.tokens, self.base, self.given, self.attention = tokens, base, cfg, attention
         self.concepts = tuple(c.concept for c in tokens)
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
@@ -197,7 +199,8 @@ class DAG(CFG):
             c.check(sd)
         self.cfg = sd.config.dag if self.given is None else self.given
         self.seen = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
-        self.probe = Probe(sd.unet, [c.embedding for c in self.tokens], self.tokens[0].factors, conditional)
+        embeddings, factors = [c.embedding for c in self.tokens], self.tokens[0].factors
+        self.probe = Probe(sd.unet, embeddings, factors, conditional, self.attention)
         return self.probe
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:

@@ -96,7 +96,14 @@ def sample(
 
 
 @torch.no_grad()
-def detect(sd: StableDiffusion, tokens: GuidelineTokens, picture: Tensor, times: list[int], seed: int = 0) -> Tensor:
+def detect(
+    sd: StableDiffusion,
+    tokens: GuidelineTokens,
+    picture: Tensor,
+    times: list[int],
+    seed: int = 0,
+    attention: str = "auto",
+) -> Tensor:
     """What the tokens see in any picture (1, 3, 8H, 8W) in [-1, 1]: A at every timestep of `times`, (levels, H, W).
 
     The picture is encoded and noised to each time, and the UNet looks at it with the empty prompt.
@@ -104,7 +111,7 @@ def detect(sd: StableDiffusion, tokens: GuidelineTokens, picture: Tensor, times:
     latent = sd.encode(picture)  # (1, 4, H, W)
     eps = noise([seed], latent.shape[1:]).to(latent)
     context, maps = sd.text.encode([""]), []
-    probe = Probe(sd.unet, [tokens.embedding], tokens.factors)
+    probe = Probe(sd.unet, [tokens.embedding], tokens.factors, attention=attention)
     for t in times:
         sd.unet(ddim.add_noise(latent, eps, sd.alphas_cumprod[t]), torch.tensor([t], device=sd.device), context, probe)
         (rows,) = probe.maps(*latent.shape[2:])  # (1, K, H, W)

@@ -1,0 +1,122 @@
+"""The kernel compiled for GPUs that need not be there, and its machine code held against what it should be.
+
+  python -m tests.kernel_compiled           one GPU of each kind of tensor core
+  python -m tests.kernel_compiled full      every supported one, both dtypes, few and many concept rows
+
+A line a kernel, `ok` or `FAILED`. Run by test_kernel.py in a process of its own, see kernel_interpreted.py.
+"""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from kernels.bench import CONCEPTS, HEADS, TOKENS, WITHOUT_MAPS, compiled, edited, inputs, machine_code
+from kernels.cross_attention import BLOCK_N, OPTIONS, chunks
+
+MOST = {  # registers by capability and d: what they are, and a tenth to a fifth; and bytes of shared memory by d
+    80: {40: 144, 80: 168, 160: 216},
+    90: {40: 112, 80: 128, 160: 160},
+    100: {40: 96, 80: 96, 160: 128},
+}
+MOST[86] = MOST[89] = MOST[120] = MOST[80]
+SHARED = {40: 16 << 10, 80: 32 << 10, 160: 64 << 10}
+
+
+def products(ops: Counter) -> dict[str, int]:
+    """Tensor-core work by type: the number of multiplications of a 16 x 16 by a 16 x 8 tile, of a program."""
+    work = Counter()
+    for op, count in ops.items():
+        if match := re.fullmatch(r"HMMA\.16816\.F32(\.BF16)?", op):  # a warp's 16 x 16 by 16 x 8
+            work["half"] += count * OPTIONS["num_warps"]
+        elif match := re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32(\.BF16)?", op):  # four warps' 64 x 16 by 16 x N
+            work["half"] += count * 4 * int(match[1]) // 8
+        elif "MMA" in op:
+            work[op] += count
+    return dict(work)
+
+
+def faults(capability: int, d: int, K: int, code: dict, ops: Counter, plain: int) -> tuple[list[str], str]:
+    """What is wrong with a kernel's machine code, which is `plain` instructions without maps; and what it needs."""
+    (d0, d1), K_pad = chunks(d), 8 if K <= 8 else 16
+    rows, keys, dp = BLOCK_N // 16, 80, d0 + d1
+    found = []
+    # q k^T, p v and q dk^T: sizes of the tiles over (16, 8, 16)
+    expected = rows * (dp // 16 * keys // 8 + keys // 16 * dp // 8 + dp // 16 * K_pad // 8)
+    if capability != 100 and products(ops) != {"half": expected}:  # 100 has instructions that do not tell their size
+        found.append(f"tensor-core products {products(ops)}, expected {{'half': {expected}}}")
+    # a 128-bit load of all 128 threads is 2048 bytes; every chunk of q, k and v of at least that many must use them
+    tiles = [(BLOCK_N, c) for c in (d0, d1)] + 2 * [(j, c) for j in (64, 16) for c in (d0, d1)]
+    wide = sum(i * c * 2 // 2048 for i, c in tiles)
+    if code["loads128"] < wide:
+        found.append(f"{code['loads128']} loads of 128 bits, expected at least {wide}")
+    needed = 2 * dp * (BLOCK_N + 2 * keys + K_pad) + 4 * 128  # bytes: q, k, v, dk, and slot by every thread
+    if code["loaded"] > 1.15 * needed:
+        found.append(f"{code['loaded']} bytes loaded by a program, expected about {needed}")
+    for what, limit in (
+        ("spills", 0),
+        ("stack", 0),
+        ("atomics", 0),
+        ("registers", MOST[capability][d]),
+        ("shared", SHARED[d]),
+    ):
+        if code[what] > limit:
+            found.append(f"{code[what]} {what}, expected at most {limit}")
+    ratio = code["total"] / plain
+    if ratio > 1.40:
+        found.append(f"{ratio:.2f} times the instructions without maps, expected at most 1.40")
+    said = f"{code['total']} instructions, x{ratio:.2f}, {code['registers']} registers, {code['shared']} B shared"
+    return found, said
+
+
+READ_AGAIN = (  # volatile, because the compiler makes one read of two equal ones
+    "q0 = tl.load(q_ptr + i[:, None] * STRIDE_Q[1] + tl.arange(0, D0), mask=inside(i, n, j0, D, D0), volatile=True)"
+)
+
+# What must not come back, each by an edit of the kernel, other tensors or another compile-time value, for d = 80.
+REGRESSIONS = {
+    "d padded to 64 + 64": {"D1": 64},
+    "keys padded to 64 + 64": {"M1": 64},
+    "unknown divisibility": {"odd_strides": True},
+    "q read twice": {"kernel": edited(("# -- map of this head --", READ_AGAIN))},
+    "p v in tf32": {"kernel": edited(("tl.dot(p0.to(v0.dtype), v0)", "tl.dot(p0, v0.to(tl.float32))"))},
+}
+
+
+def checks(everything: bool) -> Iterator[tuple[str, bool, str]]:
+    """kind and case, whether it is as it should be, what was found."""
+    without_maps = edited(WITHOUT_MAPS)
+
+    def code(capability: int, d: int, K: int = CONCEPTS, dtype=torch.float16, odd_strides: bool = False, **changes):
+        tensors = inputs(2, HEADS, 64, TOKENS, d, K, dtype)
+        if odd_strides:
+            tensors = tuple(F.pad(x, (0, 1))[..., :-1] for x in tensors)
+        return machine_code(compiled(capability, tensors, **changes))
+
+    for capability in (80, 86, 89, 90, 100, 120) if everything else (80, 90):
+        for d in (40, 80, 160):
+            for dtype in (torch.float16, torch.bfloat16) if everything else (torch.float16,):
+                plain = code(capability, d, dtype=dtype, kernel=without_maps)[0]["total"]
+                for K in (1, CONCEPTS, 16) if everything else (CONCEPTS,):
+                    found, said = faults(capability, d, K, *code(capability, d, K, dtype), plain)
+                    yield f"compiled {capability / 10} d={d} K={K} {dtype}", not found, "; ".join(found) or said
+    for capability in (80, 90) if everything else (80,):
+        plain = code(capability, 80, kernel=without_maps)[0]["total"]
+        for what, changes in REGRESSIONS.items():
+            found, said = faults(capability, 80, CONCEPTS, *code(capability, 80, **changes), plain)
+            yield f"regression {capability / 10} {what}", bool(found), "; ".join(found) or f"not noticed: {said}"
+
+
+def main() -> int:
+    failed = 0
+    for name, ok, said in checks("full" in sys.argv[1:]):
+        print("ok    " if ok else "FAILED", name, "--", said, flush=True)
+        failed += not ok
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
