@@ -64,6 +64,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", type=Path, metavar="FILE", help="SD 1.x checkpoint, .ckpt or .safetensors (default: the miniature)")
+    add("--verify", action="store_true", help="hash the --ckpt file and stop if it is not a published one")
     add("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
     add("--prompts", type=Path, metavar="FILE", help="a text file with one prompt a line")
     add("--steps", type=number(int, 1, 1000), default=50, help="denoising steps, 1 to 1000 (default: 50)")
@@ -74,6 +75,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=number(int, 1, 10000),
         default=1,
         help="pictures a prompt; number i uses seed + i (default: 1)",
+    )
+    add(
+        "--batch-size",
+        type=number(int, 1, 1000),
+        help="pictures drawn side by side (default: as many as make four of 512 x 512)",
     )
     add("--height", type=side, help="pixels, a multiple of 64 (default: 512, miniature 128)")
     add("--width", type=side, help="pixels, a multiple of 64 (default: 512, miniature 128)")
@@ -159,6 +165,8 @@ def open_model(args: argparse.Namespace):
 
     import dag
 
+    if args.verify:
+        verify(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     try:
@@ -167,6 +175,23 @@ def open_model(args: argparse.Namespace):
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UsageError(f"--device {device}: not available here ({reason}); try --device cpu") from e
     return dag.load(args.ckpt, device, getattr(torch, name)), device, name
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Say under which name --ckpt was published. Raises CheckpointError if it was not."""
+    from tqdm import tqdm
+
+    from weights import known
+
+    if args.ckpt is None:
+        raise UsageError("--verify needs --ckpt; the miniature comes with the project")
+    if not args.ckpt.is_file():
+        return  # loading says what is wrong
+    with tqdm(
+        total=args.ckpt.stat().st_size, desc="sha256", unit="B", unit_scale=True, leave=False, disable=None
+    ) as bar:
+        name = known.verify(args.ckpt, bar.update)
+    print(f"{args.ckpt}: the published {name}, by its sha256")
 
 
 def check_attention(choice: str, sd) -> None:
@@ -224,6 +249,10 @@ def run(args: argparse.Namespace) -> int:
     sd, device, dtype = open_model(args)
     check_attention(args.attention, sd)
     cfg = sd.config
+    if args.ckpt is not None:
+        print(f"{args.ckpt}: {sd.origin}")
+    if device == "cpu" and dtype == "float16":
+        warn("float16 is many times slower than float32 on a CPU; try --dtype bfloat16 or float32")
     if args.debug:
         print(f"{cfg.name}, ignored in the checkpoint: {', '.join(sd.ignored) or 'nothing'}")
     methods = args.guidance or (["none", "dag"] if args.ckpt is None and prompts is None else ["dag"])
@@ -248,14 +277,15 @@ def run(args: argparse.Namespace) -> int:
         warn(f"--save-maps: --guidance {','.join(methods)} has no maps, nothing to save")
 
     settings = {
-        "model": str(args.ckpt or cfg.name), "steps": args.steps, "scale": scale, "height": size[0], "width": size[1],
-        "seed": args.seed, "n_images": args.n_images, "device": device, "dtype": dtype,
+        "model": str(args.ckpt or cfg.name), "origin": sd.origin, "steps": args.steps, "scale": scale,
+        "height": size[0], "width": size[1], "seed": args.seed, "n_images": args.n_images,
+        "device": device, "dtype": dtype,
         "attention": args.attention, "guidance": methods,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
         "safety_texts": [] if methods == ["none"] else safety_texts,
     }  # fmt: skip
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n_images)]
-    batch = max(1, 4 * 512 * 512 // (size[0] * size[1]))  # pictures drawn side by side
+    batch = args.batch_size or max(1, 4 * 512 * 512 // (size[0] * size[1]))  # pictures drawn side by side
     entries, said, shown, status = {}, {}, {}, 0  # by number of the picture and of the method
     try:
         for start in range(0, len(jobs), batch):

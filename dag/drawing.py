@@ -111,7 +111,7 @@ def draw(
     loop = sample(sd, [p for p, _ in jobs], guidance, steps, scale, [s for _, s in jobs], *size)
     history = list(progress(loop))
     last = history[-1]
-    images = [to_pil(sd.decode(x[None]))[0] for x in last.x]  # one by one: decoding takes the most memory
+    images = to_pil(sd.decode(last.x))
     rows = torch.stack([s.rows for s in history]).sum(0).tolist()  # (b,)
     guided = torch.stack([s.guided for s in history], 1).tolist()  # (b, steps)
     maps = strength = [None] * len(jobs)

@@ -1,10 +1,12 @@
 """StableDiffusion: UNet, VAE and text encoder under one roof, and how they are loaded from an original checkpoint."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from weights import checkpoint
-from weights.checkpoint import CheckpointError
+from weights import checkpoint, known
+from weights.checkpoint import Checkpoint, CheckpointError
 
 from . import ddim
 from .config import SD14, SHAPES, Config
@@ -14,14 +16,23 @@ from .vae import AutoencoderKL
 
 MINIATURE = WEIGHTS / "shapes" / "shapes.safetensors"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+OLD_TEXT = "cond_stage_model.transformer."  # as community files made with early transformers have it
+EMA = "model_ema.diffusion_model"  # the averaged UNet of training checkpoints, its names written without dots
 
 # Entries of original checkpoints that are no weights of the model: schedule buffers (recomputed), EMA bookkeeping,
-# the text encoder's position numbers, remnants of training.
+# the text encoder's position numbers, parts of CLIP that draw nothing, remnants of training.
 IGNORED = (
     "betas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
     "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_", "model_ema.", "logvar", "lvlb_weights",
-    "scale_factor", TEXT + "embeddings.position_ids", "first_stage_model.loss.",
+    "scale_factor", TEXT + "embeddings.position_ids", OLD_TEXT + "embeddings.position_ids", "first_stage_model.loss.",
+    OLD_TEXT + "text_projection", "cond_stage_model.logit_scale", "cond_stage_model.text_projection",
+    OLD_TEXT + "vision_model.", OLD_TEXT + "visual_projection", OLD_TEXT + "logit_scale", "embedding_manager.",
+    "first_stage_model.model_ema.", "denoiser.",
 )  # fmt: skip
+
+
+class NumericsError(ArithmeticError):
+    """NaN or infinity in a latent or picture."""
 
 
 class StableDiffusion(nn.Module):
@@ -51,74 +62,106 @@ class StableDiffusion(nn.Module):
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """Scaled latent (b, 4, H, W) -> picture (b, 3, 8H, 8W) in [-1, 1], float32."""
-        z = latent / self.config.vae.scale_factor
-        return self.vae.decode(z.to(self.device, self.dtype)).float().clamp(-1, 1)
+        """Scaled latent (b, 4, H, W) -> picture (b, 3, 8H, 8W) in [-1, 1], float32.
+
+        One picture after the other: the decoder's memory, far above the UNet's, must not grow with b.
+        Raises NumericsError when a picture is not finite.
+        """
+        z = (latent / self.config.vae.scale_factor).to(self.device, self.dtype)  # (b, 4, H, W)
+        pictures = torch.cat([self.vae.decode(one).float() for one in z.split(1)])  # (b, 3, 8H, 8W)
+        if not pictures.isfinite().all():
+            raise NumericsError(f"the decoded picture is not finite in {self.dtype}; try --dtype float32")
+        return pictures.clamp(-1, 1)
 
 
 def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """Load an original SD 1.x checkpoint (.ckpt or .safetensors); without a path, the miniature that comes along.
 
-    Returns the model in eval mode without gradients. `ignored` of the result names the file's entries that were not
-    needed. Raises CheckpointError when the file is not what it should be.
+    Returns the model in eval mode without gradients. `origin` of the result says what the file is taken for and which
+    UNet of it is used, `ignored` names the file's entries that were not needed. Weights that are on the CPU and of the
+    file's dtype are mapped, not copied: the file must stay as it is while they are used.
+    Raises CheckpointError when the file is not what it should be.
     """
-    path = MINIATURE if path is None else path
-    tensors, metadata = checkpoint.read(path)
-    config = recognise(tensors, metadata, path)
+    file = checkpoint.read(MINIATURE if path is None else path)
+    config = recognise(file)
     with torch.device("meta"):
         sd = StableDiffusion(config)
     sd.alphas_cumprod = ddim.alphas_cumprod(config.schedule)
-    ignored = [name for name in tensors if name.startswith(IGNORED)]
-    for name in ignored:
-        del tensors[name]
     parts = {UNET: sd.unet, VAE: sd.vae, TEXT: sd.text.transformer}
     expected = {prefix + k: v for prefix, module in parts.items() for k, v in module.state_dict().items()}
-    check(tensors, expected, config, path)
+    where = locate(expected, file)
+    sd.ignored = check(where, expected, file, config)
     for prefix, module in parts.items():
-        names = module.state_dict().keys()
-        module.load_state_dict({k: tensors.pop(prefix + k).to(device, dtype) for k in names}, strict=True, assign=True)
+        names = module.state_dict()
+        module.load_state_dict({k: file.tensor(where[prefix + k], device, dtype) for k in names}, assign=True)
     positions = torch.arange(config.text.max_length, device=device)[None]  # (1, m); not in the state dict
     sd.text.transformer.embeddings.position_ids = positions
-    sd.ignored = ignored
+    averaged = any(name.startswith(EMA) for name in where.values())
+    sd.origin = known.by_size(file.path.stat().st_size) if config is SD14 else config.name
+    sd.origin += ", its EMA UNet" if averaged else ""
     return sd.eval().requires_grad_(False)
 
 
-def recognise(tensors: dict[str, Tensor], metadata: dict[str, str], path) -> Config:
+def recognise(file: Checkpoint) -> Config:
     """The config whose widths the file has; a metadata entry `config` that names one overrides."""
     configs = {c.name: c for c in (SD14, SHAPES)}
-    if metadata.get("config") in configs:
-        return configs[metadata["config"]]
-    first = tensors.get(UNET + "input_blocks.0.0.weight")
-    key = tensors.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    if first is None or key is None:
-        some = ", ".join(sorted(tensors)[:3])
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    if file.metadata.get("config") in configs:
+        return configs[file.metadata["config"]]
+    if what := known.family(shapes):
+        raise CheckpointError(f"{file.path}: this is {what}; expected an SD 1.x checkpoint of the original layout")
+    first = shapes.get(UNET + "input_blocks.0.0.weight", ())
+    key = shapes.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())
+    if len(first) != 4 or len(key) != 2:
         raise CheckpointError(
-            f"{path}: no UNet of Stable Diffusion 1.x in it; found {len(tensors)} tensors ({some}, ...)"
+            f"{file.path}: no UNet of Stable Diffusion 1.x in it; found {len(shapes)} tensors ({some(sorted(shapes))})"
         )
-    found = (first.shape[0], first.shape[1], key.shape[1])
+    found = (first[0], first[1], key[1])
     for c in configs.values():
         if found == (c.unet.model_channels, c.unet.in_channels, c.unet.context_dim):
             return c
     raise CheckpointError(
-        f"{path}: a UNet of {found[0]} channels, {found[1]} input channels and text width {found[2]}; "
+        f"{file.path}: a UNet of {found[0]} channels, {found[1]} input channels and text width {found[2]}; "
         "expected 320, 4 and 768 (SD 1.x) or 32, 4 and 128 (shapes)"
     )
 
 
-def check(tensors: dict[str, Tensor], expected: dict[str, Tensor], config: Config, path) -> None:
-    """Names and shapes must be exactly the model's. Raises CheckpointError naming the first three that are not."""
+def locate(expected: Iterable[str], file: Checkpoint) -> dict[str, str]:
+    """Our name of each tensor -> the file's. They differ for an averaged UNet, which is preferred, and for old text."""
+    averaged = {name: EMA + name.removeprefix(UNET).replace(".", "") for name in expected if name.startswith(UNET)}
+    if not any(name in file.entries for name in averaged.values()):
+        averaged = {}
+    old = not any(name.startswith(TEXT) for name in file.entries)
+    return {name: averaged.get(name) or (name.replace(TEXT, OLD_TEXT) if old else name) for name in expected}
 
-    def some(names: list[str]) -> str:
-        return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
-    missing = [k for k in expected if k not in tensors]
-    unexpected = [k for k in tensors if k not in expected]
-    wrong = [
-        f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    faults = {"missing": missing, "unexpected": unexpected, "of wrong shape": wrong}
-    found = "; ".join(f"{what}: {some(names)}" for what, names in faults.items() if names)
+def check(where: dict[str, str], expected: dict[str, Tensor], file: Checkpoint, config: Config) -> list[str]:
+    """Names, shapes and kind must be exactly the model's. Returns the file's names that are of known origin but unused.
+
+    where: our name -> the file's; expected: our name -> a tensor of the right shape. Raises CheckpointError.
+    """
+    used, entries = set(where.values()), file.entries
+    # Whether the rest is of known origin; a name in `expected` is the UNet that was trained, beside its average.
+    rest = {name: name.startswith(IGNORED) or name in expected for name in entries if name not in used}
+    faults = {
+        "missing": [name for name in where.values() if name not in entries],
+        "unexpected": [name for name, known_origin in rest.items() if not known_origin],
+        "of wrong shape": [
+            f"{there} {entries[there].shape} instead of {tuple(expected[name].shape)}"
+            for name, there in where.items()
+            if there in entries and entries[there].shape != expected[name].shape
+        ],
+        "not of floating point": [
+            name for name in where.values() if name in entries and not entries[name].dtype.is_floating_point
+        ],
+    }
+    found = "; ".join(f"{what}: {len(names)} ({some(names)})" for what, names in faults.items() if names)
     if found:
-        raise CheckpointError(f"{path}: not a complete {config.name} checkpoint, tensors {found}")
+        raise CheckpointError(f"{file.path}: not a complete {config.name} checkpoint, tensors {found}")
+    return list(rest)
+
+
+def some(names: list[str]) -> str:
+    """The first three names, on one line whatever is in them."""
+    shown = [name[:120].encode("unicode_escape").decode() for name in names[:3]]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "")

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import ddim
 from .cam import Probe
 from .guidance import CFG
-from .model import StableDiffusion
+from .model import NumericsError, StableDiffusion
 from .tokens import GuidelineTokens
 
 UNCOND, COND = 0, 1  # order of the halves of the guidance batch
@@ -32,10 +32,6 @@ class Step:
     S: Tensor | None  # (b, H, W) strength of guidance
     guided: Tensor  # (b,) bool
     rows: Tensor  # (b,) int: rows sent through the UNet for each image
-
-
-class NumericsError(ArithmeticError):
-    """NaN or infinity in a latent or picture."""
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:

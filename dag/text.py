@@ -6,6 +6,8 @@ the rows of the padding are part of what the UNet was trained on.
 """
 
 import importlib.util
+import re
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -24,6 +26,19 @@ if _kernels and _kernels.origin and Path(_kernels.origin).is_relative_to(ROOT):
     transformers.utils.import_utils.is_kernels_available = lambda *args, **kwargs: False
 
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+# Chinese, Japanese and Korean ideographs; every one is a word.
+IDEOGRAPH = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f])")
+
+
+def clean(prompt: str) -> str:
+    """A prompt as the slow tokenizer that the original used hands it to byte pairs; the fast one leaves this out.
+
+    Control and zero-width characters vanish, white space becomes single spaces, ideographs stand alone. Only the
+    lower-casing is left to `tokenize`, so that words can be shown as they were written.
+    """
+    kept = (c for c in prompt if c in "\t\n\r" or c != "\ufffd" and unicodedata.category(c)[0] != "C")
+    return " ".join(unicodedata.normalize("NFC", IDEOGRAPH.sub(r" \1 ", "".join(kept))).split())
 
 
 class Text(nn.Module):
@@ -59,7 +74,8 @@ class Text(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids (b, m) int64, cut at max_length."""
-        batch = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+        words = [clean(prompt).lower() for prompt in prompts]
+        batch = self.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt")
         return batch.input_ids  # (b, m)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -75,6 +91,7 @@ class Text(nn.Module):
     def dropped(self, prompt: str) -> str:
         """The end of a prompt that does not fit into max_length tokens; "" if all of it does."""
         room = self.cfg.max_length - 2  # start and end take two
+        prompt = clean(prompt)
         spans = self._pieces(prompt)["offset_mapping"]
         return prompt[spans[room][0] :] if len(spans) > room else ""
 
@@ -87,6 +104,7 @@ class Text(nn.Module):
         """The words of a prompt that the model was never trained on; always empty for CLIP's own vocabulary."""
         if self.cfg.num_words is None:
             return []
+        prompt = clean(prompt)
         pieces = self._pieces(prompt)
         words: dict[tuple[int, int], list[int]] = {}  # place of a word in the prompt -> its ids
         for i, word in enumerate(pieces.word_ids()):

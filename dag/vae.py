@@ -7,6 +7,7 @@ Two traps, both silent: a stride-2 convolution pads right and bottom only (paddi
 a level), and every GroupNorm has epsilon 1e-6. Source: CompVis ldm/modules/diffusionmodules/model.py.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,11 +27,11 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (b, out, h, w)
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))  # (b, out, h, w)
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)  # (b, out, h, w)
-        return x + h
+        return h.add_(x)
 
 
 class AttnBlock(nn.Module):
@@ -49,7 +50,7 @@ class AttnBlock(nn.Module):
         q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (b, 1, n, c) each
         y = F.scaled_dot_product_attention(q, k, v)  # (b, 1, n, c)
         y = y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (b, c, h, w)
-        return x + self.proj_out(y)
+        return self.proj_out(y).add_(x)
 
 
 class Downsample(nn.Module):
@@ -112,7 +113,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 x = level.downsample(x)  # (b, c, h/2, w/2), three times: 4H, 2H, H
         x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))  # (b, 2z, H, W)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (b, 2z, H, W)
 
 
 class Decoder(nn.Module):
@@ -146,11 +147,14 @@ class Decoder(nn.Module):
                 x = block(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)  # (b, c, 2h, 2w), three times: 2H, 4H, 8H
-        return self.conv_out(F.silu(self.norm_out(x)))  # (b, 3, 8H, 8W)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (b, 3, 8H, 8W)
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place."""
+    """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place.
+
+    Feature maps are laid out with channels last: convolutions then need not rearrange these large tensors.
+    """
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
@@ -161,9 +165,11 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Picture (b, 3, 8H, 8W) -> mean and log variance of the posterior, (b, z, H, W) each."""
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)  # (b, z, H, W) each
+        mean, logvar = self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last))).chunk(
+            2, dim=1
+        )  # (b, z, H, W) each
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (b, z, H, W) -> picture (b, 3, 8H, 8W), not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)))

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from dag.config import SD14, SHAPES
@@ -18,6 +21,21 @@ def test_known_ids(clip):
     assert ids == [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558] + [49407] * 68
 
 
+def test_ids_of_an_outside_tokenizer(clip):
+    """500 prompts: emoji, control characters, right to left, HTML entities, 10,000 characters and everyday ones.
+
+    The ids are those of the slow CLIPTokenizer of transformers 4.46.3 without ftfy, as the original ran, on the same
+    vocabulary: `CLIPTokenizer(vocab, merges, model_max_length=77)(prompt, truncation=True, padding="max_length")`; the
+    padding is left out. There are no exceptions.
+    """
+    lines = Path(__file__).with_name("prompts.jsonl").read_text(encoding="ascii").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    assert len(pairs) == len({prompt for prompt, _ in pairs}) == 500
+    ids = clip.tokenize([prompt for prompt, _ in pairs]).tolist()
+    wrong = [p for (p, known), row in zip(pairs, ids, strict=True) if row != known + [49407] * (77 - len(known))]
+    assert wrong == []
+
+
 def test_empty_prompt_is_start_and_padding(clip):
     assert clip.tokenize([""])[0].tolist() == [49406] + [49407] * 76
 
@@ -32,6 +50,7 @@ def test_every_word_of_the_world_is_one_token(shapes):
 def test_words_that_do_not_fit(clip):
     assert clip.dropped("a " * 75) == ""
     assert clip.dropped("a " * 75 + "red circle, here") == "red circle, here"
+    assert clip.dropped("a " * 75 + "\x00 Red\u200b  \U0001f431 \u732b") == "Red \U0001f431 \u732b"
 
 
 def test_unknown_words(shapes, clip):

@@ -1,17 +1,26 @@
 """Reads Stable Diffusion checkpoints in their original layout, .ckpt or .safetensors, without executing anything.
 
-A .ckpt is a zip of a pickle and raw tensors. torch's restricted unpickler builds tensors and plain containers and
-refuses all else; the few harmless globals of old Lightning files are replaced by stubs, so Lightning is not needed.
-Tensors are memory-mapped: what is not used is not read. This module knows nothing of the model.
+Both kinds are raw tensors and a table that says where each lies: JSON in a .safetensors, a zip directory and a pickle
+in a .ckpt (weights/pickled.py runs it). The table is checked against the file before a tensor is touched; then tensors
+are read one at a time, or memory-mapped where nothing has to be converted. This module knows nothing of the model.
 """
 
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import struct
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from . import pickled
+from .pickled import Entry
 
 FOREIGN = {  # first bytes -> what the file is
     b"\xff\xd8\xff": "a JPEG picture",
@@ -19,36 +28,66 @@ FOREIGN = {  # first bytes -> what the file is
     b"<": "a web page or XML file (a failed download?)",
     b"version https://git-lfs": "a Git LFS pointer, not the file it points to (run `git lfs pull`)",
     b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a RAR archive",
     b"GGUF": "a GGUF file",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a numpy array",
+    b"{": "JSON text",
     b"\x80": "a bare pickle (an old torch file or something else); re-save it as .safetensors",
 }
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+STORED = 0  # the zip format's number for "not compressed"
+TABLE = 4 << 20  # bytes a table of tensors may take; SD 1.4's takes 0.2 MB, so more is an attack on memory
+CHUNK = 1 << 20  # bytes hashed at a time
 
 
 class CheckpointError(ValueError):
     """A file that is not a usable checkpoint. The message is one line: what, found, expected, what to do."""
 
 
-class _Stub:
-    """Stands for pytorch_lightning's ModelCheckpoint, which old files use as a dictionary key."""
+@dataclass
+class Checkpoint:
+    """An open checkpoint: the table of its tensors, and access to them one by one."""
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str] = field(default_factory=dict)  # of a .safetensors; a .ckpt has none
+
+    def __post_init__(self):
+        self._file = open(self.path, "rb", buffering=0)
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes never reach the file
+
+    def tensor(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, in a dtype (None: the file's) and on a device.
+
+        What the CPU can use as it lies in the file is mapped and costs nothing until it is touched; the file must then
+        stay unchanged as long as the tensor lives. Anything else is read and converted, and only the result stays.
+        Raises CheckpointError if the file has become shorter.
+        """
+        dtype_, shape, stride, offset = entry = self.entries[name]
+        nbytes = entry.span * dtype_.itemsize
+        as_it_lies = torch.device(device).type == "cpu" and dtype in (None, dtype_) and offset % dtype_.itemsize == 0
+        if as_it_lies and nbytes:
+            flat = torch.frombuffer(self._map, dtype=dtype_, count=entry.span, offset=offset)
+            return flat.as_strided(shape, stride)
+        raw = torch.empty(nbytes, dtype=torch.uint8)
+        self._file.seek(offset)
+        if self._file.readinto(raw.numpy()) != nbytes:
+            raise CheckpointError(f"{self.path}: became shorter while it was read; download it again")
+        return raw.view(dtype_).as_strided(shape, stride).to(device, dtype)
 
 
-def _scalar(*args) -> None:
-    """Stands for numpy's scalar, which old files use for the best validation score."""
+def read(path: str | Path) -> Checkpoint:
+    """Open a checkpoint and check its table. The kind is told by the first bytes, not by the name.
 
-
-SAFE_GLOBALS = [
-    (_Stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float64DType,
-]
-
-
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, memory-mapped on the CPU, and the metadata of a .safetensors file ({} for a .ckpt).
-
-    The kind is told by the first bytes, not by the name. Raises CheckpointError.
+    Raises CheckpointError.
     """
     path = Path(path)
     if not path.exists():
@@ -56,67 +95,176 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: no such file; expected a .ckpt or .safetensors checkpoint of Stable Diffusion 1.x"
         )
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; expected one .ckpt or .safetensors file of the original layout")
+        kind = "a diffusers-format folder" if (path / "model_index.json").exists() else "a folder"
+        raise CheckpointError(f"{path}: is {kind}; expected one .ckpt or .safetensors file of the original layout")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not a regular file; expected a .ckpt or .safetensors checkpoint")
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(32)
+        with open(path, "rb", buffering=0) as file:
+            size, head = os.fstat(file.fileno()).st_size, file.read(32)
+            if not head:
+                raise CheckpointError(f"{path}: the file is empty; download it again")
+            if head.startswith(b"PK\x03\x04"):
+                return Checkpoint(path, _ckpt(path, file))
+            length = int.from_bytes(head[:8], "little")
+            if head[8:9] == b"{":
+                return Checkpoint(path, *_safetensors(path, file, size, length))
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty; download it again")
-    if head.startswith(b"PK\x03\x04"):
-        return _read_ckpt(path), {}
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length < 100_000_000:
-        if length + 8 > size:
-            raise CheckpointError(f"{path}: truncated, {size} bytes end inside the header; download it again")
-        return _read_safetensors(path)
     kind = next((what for magic, what in FOREIGN.items() if head.lstrip().startswith(magic)), "of no known kind")
     raise CheckpointError(f"{path}: the file is {kind}; expected a .ckpt or .safetensors checkpoint")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: damaged or truncated .safetensors ({_line(e)}); download it again") from e
+class Bounded(io.FileIO):
+    """A file that gives at most TABLE bytes at once, so that no directory of a zip can fill memory."""
+
+    def read(self, n: int = -1) -> bytes:
+        return super().read(min(n, TABLE) if n >= 0 else TABLE)
 
 
-def _read_ckpt(path: Path) -> dict[str, Tensor]:
+def _ckpt(path: Path, file) -> dict[str, Entry]:
+    """The table of a .ckpt: a zip of a pickle, `NAME/data.pkl`, and of raw tensors, `NAME/data/KEY`."""
     try:
-        zipfile.ZipFile(path).close()
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:  # a damaged pickle can raise anything
-        if bad := _unsafe(path):
-            raise CheckpointError(
-                f"{path}: its pickle calls {', '.join(bad[:3])}, nothing was executed; expected tensors only: "
-                "get a .safetensors copy"
-            ) from e
+        with Bounded(path) as bounded, zipfile.ZipFile(bounded) as archive:
+            places = _places(path, file, archive)
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as e:
         raise CheckpointError(
-            f"{path}: damaged or truncated .ckpt, or its pickle holds more than tensors; nothing was executed: "
-            "download it again"
+            f"{path}: damaged or truncated .ckpt, its zip directory cannot be read; download it again"
         ) from e
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no named tensors; expected a state_dict of Stable Diffusion 1.x")
-    return tensors
+    pickles = [name for name in places if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        some = ", ".join(map(repr, list(places)[:3]))[:120]
+        raise CheckpointError(
+            f"{path}: a zip archive but no .ckpt, it holds {len(places)} files ({some}, ...): unpack it"
+        )
+    root = pickles[0].removesuffix("data.pkl")
+    if any(name.startswith(root + "code/") for name in places):
+        raise CheckpointError(f"{path}: a TorchScript archive, which is a program; expected a checkpoint of tensors")
 
+    def content(name: str) -> bytes:
+        begin, end = places[name]
+        if end - begin > TABLE:
+            raise CheckpointError(f"{path}: {name} of {end - begin} bytes, expected at most {TABLE}; download it again")
+        file.seek(begin)
+        return file.read(end - begin)
 
-def _unsafe(path: Path) -> list[str]:
-    """Names a pickle wants to import or call that are not on the list; empty if it cannot be told."""
-    harmless = {name for entry in SAFE_GLOBALS if isinstance(entry, tuple) for name in entry[1:]}
+    if root + "byteorder" in places and content(root + "byteorder") != b"little":
+        raise CheckpointError(f"{path}: written by a big-endian machine; re-save it as .safetensors")
+    program = content(pickles[0])
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # damaged
-        return []
-    return [name for name in found if name not in harmless and not name.startswith("numpy.dtype")]
+        result = pickled.run(program, {k.removeprefix(root + "data/"): v for k, v in places.items()})
+        state = result.get("state_dict", result)
+        entries = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Entry)}
+    except pickled.Unlisted as e:
+        raise CheckpointError(
+            f"{path}: its pickle calls {str(e)[:80]!r}, nothing was executed; expected tensors only: get a "
+            ".safetensors copy"
+        ) from e
+    except Exception as e:  # a damaged program can fail in any way
+        raise CheckpointError(f"{path}: damaged .ckpt, its pickle is no table of tensors; nothing was executed") from e
+    if not entries:
+        raise CheckpointError(f"{path}: holds no named tensors; expected a state_dict of Stable Diffusion 1.x")
+    return entries
 
 
-def _line(error: Exception) -> str:
-    """The first line of an error's text, cut to a length a terminal shows."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
+def _places(path: Path, file, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
+    """Name -> (begin, end) of each entry's bytes. One rule: stored entries, inside the file, each where it says."""
+    places, headers = {}, {}
+    for info in archive.infolist():
+        if info.compress_type != STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+            raise CheckpointError(
+                f"{path}: {info.filename[:80]!r} is compressed or encrypted; expected stored entries: unpack it, or "
+                "get a .safetensors copy"
+            )
+        file.seek(info.header_offset)
+        head = file.read(30)  # local header: signature, ..., lengths of the name and of the extra field
+        length, extra = struct.unpack("<HH", head[26:30])
+        name = file.read(length).decode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        begin = info.header_offset + 30 + length + extra
+        end = begin + info.file_size
+        if head[:4] != b"PK\x03\x04" or name != info.orig_filename or end > archive.start_dir:
+            raise CheckpointError(
+                f"{path}: damaged .ckpt, {info.filename[:80]!r} is not where the zip directory says; download it again"
+            )
+        if name in places:
+            raise CheckpointError(f"{path}: {name[:80]!r} is in it twice; download it again")
+        places[name], headers[name] = (begin, end), info.header_offset
+    apart(path, [(headers[name], end, name) for name, (_, end) in places.items()], 0)
+    return places
+
+
+def _safetensors(path: Path, file, size: int, length: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The table at the head of a .safetensors: 8 bytes of length, JSON, and behind it the tensors without a gap."""
+    if length + 8 > size:
+        raise CheckpointError(f"{path}: truncated, {size} bytes end inside the header; download it again")
+    if length > TABLE:
+        raise CheckpointError(f"{path}: a header of {length} bytes, expected at most {TABLE}; download it again")
+    file.seek(8)
+    try:
+        content = json.loads(file.read(length), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: damaged .safetensors header (not JSON, or a name twice)") from e
+    metadata = content.pop("__metadata__", {})
+    entries, places = {}, []
+    for name, info in content.items():
+        entries[name], place = _entry(path, name, info, 8 + length)
+        places.append((*place, name))
+    if not entries:
+        raise CheckpointError(f"{path}: holds no tensors; expected a checkpoint of Stable Diffusion 1.x")
+    end = apart(path, places, 8 + length)
+    if end != size:
+        what = "truncated" if size < end else "damaged"
+        raise CheckpointError(f"{path}: {what}, its header tells of {end} bytes, found {size}; download it again")
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return entries, {key: value for key, value in texts if isinstance(value, str)}
+
+
+def _once(pairs: list[tuple]) -> dict:
+    if len(content := dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return content
+
+
+def _entry(path: Path, name: str, info, start: int) -> tuple[Entry, tuple[int, int]]:
+    """One line of the JSON table, and from where to where its bytes lie in the file."""
+    try:
+        dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        numbers = [*shape, begin, end]
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path}: damaged .safetensors header at {name[:80]!r}; download it again") from e
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name[:80]!r} is of type {dtype!r:.20}; expected {', '.join(DTYPES)}")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != nbytes:
+        found = f"{end - begin} bytes for {nbytes} of data"
+        raise CheckpointError(f"{path}: damaged .safetensors header at {name[:80]!r}, {found}; download it again")
+    return Entry(DTYPES[dtype], shape, contiguous(shape), start + begin), (start + begin, start + end)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a tensor without gaps."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def apart(path: Path, places: list[tuple[int, int, str]], start: int) -> int:
+    """The end of the last of places (begin, end, name), which must begin at `start` or later and not overlap."""
+    last, before = start, "the table"
+    for begin, end, name in sorted(places):
+        if begin < last:
+            raise CheckpointError(f"{path}: damaged, {name[:80]!r} overlaps {before[:80]!r}; download it again")
+        last, before = end, name
+    return last
+
+
+def sha256(path: str | Path, progress=lambda n: None) -> str:
+    """The hash of a file, in hexadecimal; `progress` is told the bytes of each chunk."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()

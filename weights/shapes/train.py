@@ -301,7 +301,7 @@ def write_part(prefix: str, tensors: dict[str, Tensor], path: Path = MODEL) -> N
         save_file(kept | new, temporary, {"config": SHAPES.name})
 
 
-PARTS = {"judge": (train_judge, 800), "vae": (train_vae, 5000), "text+unet": (train_text_unet, 6000)}
+PARTS = {"judge": (train_judge, 800), "vae": (train_vae, 5000), "text+unet": (train_text_unet, 14500)}
 
 
 def main() -> None:

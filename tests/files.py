@@ -1,0 +1,220 @@
+"""Writes checkpoints as people have them, of any config: the original's names, containers and oddities, random weights.
+
+Everything is streamed: a tensor is made, written and forgotten, so a file of 4 GB needs the memory of its largest
+tensor. A tensor's values depend on its name only, so every kind of file of one config holds the same model.
+
+  python -m tests.files sd-v1-4-random.ckpt [--safetensors] [--half]      one of full size
+"""
+
+import argparse
+import json
+import pickle
+import struct
+import sys
+import types
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dag.config import SD14, Config
+from dag.model import EMA, OLD_TEXT, TEXT, UNET, VAE, StableDiffusion
+from weights.checkpoint import DTYPES
+
+BUFFERS = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+)  # fmt: skip
+STORAGES = {
+    torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+}  # fmt: skip
+
+
+class Lazy(NamedTuple):
+    """A tensor that is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def half(self) -> "Lazy":
+        """In float16 if it is of floating point."""
+        if not self.dtype.is_floating_point:
+            return self
+        return Lazy(self.shape, torch.float16, lambda: self.make().half())
+
+
+def weight(name: str, shape: tuple[int, ...], seed: int = 0) -> Lazy:
+    """Random values at which a network neither dies nor explodes; none of them zero or one by construction."""
+
+    def make() -> Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 1:  # norms and biases
+            return (1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * values
+        return values * (0.02 if "embedding" in name else (values[0].numel()) ** -0.5)
+
+    return Lazy(shape, torch.float32, make)
+
+
+def given(tensor: Tensor) -> Lazy:
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def original(config: Config, weights: dict[str, Tensor] | None = None) -> dict[str, Lazy]:
+    """The entries of sd-v1-4.ckpt in its order: 12 buffers, UNet, VAE, text, two stubs of the averaging; 1145 of SD14.
+
+    weights: values to take instead of random ones, by full name.
+    """
+    with torch.device("meta"):
+        sd = StableDiffusion(config)
+    entries = {name: given(torch.zeros(config.schedule.num_timesteps)) for name in BUFFERS}
+    for prefix, module in ((UNET, sd.unet), (VAE, sd.vae), (TEXT, sd.text.transformer)):
+        for k, v in module.state_dict().items():
+            if k == "embeddings.token_embedding.weight":
+                entries[TEXT + "embeddings.position_ids"] = given(torch.arange(config.text.max_length)[None])
+            name = prefix + k
+            entries[name] = given(weights[name]) if weights else weight(name, tuple(v.shape))
+    entries["model_ema.decay"] = given(torch.tensor(0.9999))
+    entries["model_ema.num_updates"] = given(torch.tensor(470000, dtype=torch.int32))
+    return entries
+
+
+def half(entries: dict[str, Lazy]) -> dict[str, Lazy]:
+    return {name: lazy.half() for name, lazy in entries.items()}
+
+
+def full_ema(entries: dict[str, Lazy]) -> dict[str, Lazy]:
+    """As sd-v1-4-full-ema.ckpt: the UNet that people mean under averaged names, another under the usual ones."""
+    unet = {name: lazy for name, lazy in entries.items() if name.startswith(UNET)}
+    raw = {name: weight(name, lazy.shape, seed=1) for name, lazy in unet.items()}
+    averaged = {EMA + name.removeprefix(UNET).replace(".", ""): lazy for name, lazy in unet.items()}
+    return entries | raw | averaged
+
+
+def community(entries: dict[str, Lazy]) -> dict[str, Lazy]:
+    """As merged and pruned files are: no buffers, old text names, position ids as floats, remnants of other tools."""
+    kept = {name: lazy for name, lazy in entries.items() if name not in BUFFERS and not name.startswith("model_ema.")}
+    positions = kept.pop(TEXT + "embeddings.position_ids")
+    kept[TEXT + "embeddings.position_ids"] = given(positions.make().float() + 1e-4)
+    kept = {name.replace(TEXT, OLD_TEXT): lazy for name, lazy in kept.items()}
+    extra = ("first_stage_model.loss.logvar", OLD_TEXT + "text_projection.weight", "cond_stage_model.logit_scale")
+    return kept | {name: given(torch.ones(1)) for name in extra}
+
+
+def write_safetensors(path: Path, entries: dict[str, Lazy], metadata: dict[str, str] | None = None) -> None:
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    table, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, lazy in entries.items():
+        begin, end = end, end + int(np.prod(lazy.shape)) * lazy.dtype.itemsize
+        table[name] = {"dtype": kinds[lazy.dtype], "shape": lazy.shape, "data_offsets": [begin, end]}
+    header = json.dumps(table).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for lazy in entries.values():
+            file.write(_bytes(lazy))
+
+
+def write_ckpt(path: Path, entries: dict[str, Lazy], lightning: bool = True) -> None:
+    """A zip as torch.save writes it; with what Lightning 1.4 puts around the state_dict, or bare."""
+    state = OrderedDict(entries)
+    content = state
+    if lightning:
+        score = np.float64(0.25)
+        content = {
+            "epoch": 11, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "state_dict": state,
+            "callbacks": {_model_checkpoint(): {"best_model_score": score, "best_model_path": "last.ckpt"}},
+            "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": given(torch.zeros(4))}}, "param_groups": []}],
+            "lr_schedulers": [{"last_epoch": 470000, "_last_lr": [1e-4]}],
+        }  # fmt: skip
+    stored: list[Lazy] = []
+    program = _pickle(content, stored)
+    with zipfile.ZipFile(path, "w") as archive:
+        _put(archive, "archive/data.pkl", program)
+        for key, lazy in enumerate(stored):
+            _put(archive, f"archive/data/{key}", _bytes(lazy))
+        _put(archive, "archive/version", b"3\n")
+
+
+def _bytes(lazy: Lazy) -> memoryview:
+    return memoryview(lazy.make().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _put(archive: zipfile.ZipFile, name: str, data) -> None:
+    """One stored entry whose data begins at a multiple of 64, as torch has it."""
+    info = zipfile.ZipInfo(name)
+    space = -(archive.fp.tell() + 30 + len(name) + 4) % 64
+    info.extra = b"FB" + struct.pack("<H", space) + b"Z" * space
+    archive.writestr(info, data)
+
+
+def _model_checkpoint() -> type:
+    """The class that old Lightning files use as a dictionary key."""
+    return type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+
+
+class _Storage(NamedTuple):
+    lazy: Lazy
+    key: int
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles Lazy as torch pickles a tensor: a call of its rebuild function on a storage outside the pickle."""
+
+    def __init__(self, file, stored: list[Lazy]):
+        super().__init__(file, protocol=2)
+        self.stored = stored
+
+    def persistent_id(self, obj):
+        if not isinstance(obj, _Storage):
+            return None
+        numel = int(np.prod(obj.lazy.shape))
+        return ("storage", STORAGES[obj.lazy.dtype], str(obj.key), "cpu", numel)
+
+    def reducer_override(self, obj):
+        if not isinstance(obj, Lazy):
+            return NotImplemented
+        self.stored.append(obj)
+        stride = torch.empty(obj.shape, device="meta").stride()
+        storage = _Storage(obj, len(self.stored) - 1)
+        return torch._utils._rebuild_tensor_v2, (storage, 0, obj.shape, stride, False, OrderedDict())
+
+
+def _pickle(content, stored: list[Lazy]) -> bytes:
+    import io
+
+    buffer, name = io.BytesIO(), "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    for cls in content.get("callbacks", ()):
+        module.ModelCheckpoint = cls
+    known = {part: types.ModuleType(part) for part in ("pytorch_lightning", "pytorch_lightning.callbacks")}
+    sys.modules.update(known | {name: module})  # pickle wants to find the class where it says it is
+    try:
+        _Pickler(buffer, stored).dump(content)
+    finally:
+        for added in (*known, name):
+            del sys.modules[added]
+    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")  # numpy < 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--safetensors", action="store_true")
+    parser.add_argument("--half", action="store_true")
+    args = parser.parse_args()
+    entries = half(original(SD14)) if args.half else original(SD14)
+    (write_safetensors if args.safetensors else write_ckpt)(args.path, entries)
+
+
+if __name__ == "__main__":
+    main()

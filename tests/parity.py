@@ -1,0 +1,220 @@
+"""How far we are from other implementations, on the same random weights, as a table.
+
+  python -m tests.parity           the miniature's widths, seconds
+  python -m tests.parity --full    SD 1.4's widths, minutes and 10 GB of memory; open_clip is used if it can be imported
+
+An error is the largest difference, relative to the reference's largest value. bfloat16's is our root mean square
+distance from float32 over diffusers'.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dag import CFG, ddim, sample
+from dag.config import SD14, SHAPES
+from dag.model import StableDiffusion
+from dag.unet import timestep_embedding
+from tests import references
+
+SIZES = ((1, 512, 512), (3, 448, 640), (1, 768, 512))  # images, width and height in pixels, of the full model
+PROMPTS = ("a red circle on grey", "")
+
+
+@dataclass
+class Row:
+    what: str
+    error: float
+    limit: float
+
+
+@dataclass
+class Case:
+    """A model, the references that share its weights, and sizes (b, H, W) of latents to try them on."""
+
+    sd: StableDiffusion
+    sizes: list[tuple[int, int, int]]
+
+    def __post_init__(self):
+        self.unet, self.vae = references.diffusers_unet(self.sd), references.diffusers_vae(self.sd)
+
+
+def tiny() -> Case:
+    return Case(references.random_model(SHAPES), [(1, 16, 16), (3, 24, 16), (1, 16, 24)])
+
+
+def full() -> Case:
+    return Case(references.random_model(SD14), [(b, height // 8, width // 8) for b, width, height in SIZES])
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    assert theirs.isfinite().all() and theirs.abs().max() > 0
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def inputs(case: Case, b: int, H: int, W: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (b, 4, H, W), t (b,), context (b, m, c_text)."""
+    cfg = case.sd.config
+    generator = torch.Generator().manual_seed(b * H * W)
+    x = torch.randn(b, 4, H, W, generator=generator)
+    context = torch.randn(b, cfg.text.max_length, cfg.text.hidden_size, generator=generator)
+    return x, torch.tensor([981, 501, 1])[:b], context
+
+
+def at(b: int, H: int, W: int) -> str:
+    return f"{b} of {8 * W} x {8 * H}"
+
+
+def small(*shape: int) -> Tensor:
+    return 0.01 * torch.randn(shape)
+
+
+def unet(case: Case) -> Iterator[Row]:
+    for b, H, W in case.sizes:
+        x, t, context = inputs(case, b, H, W)
+        yield Row(f"UNet, {at(b, H, W)}", error(case.sd.unet(x, t, context), case.unet(x, t, context).sample), 2e-5)
+
+
+def unet_blocks(case: Case) -> Iterator[Row]:
+    """One of each kind, beside the one at the same place in diffusers, on features so small that epsilons show."""
+    ours, theirs, cfg = case.sd.unet, case.unet, case.sd.config.unet
+    b, H, W = case.sizes[0]
+    _, t, context = inputs(case, b, H, W)
+    c = cfg.model_channels
+    emb = theirs.time_embedding(theirs.time_proj(t))
+    yield Row("UNet: time embedding", error(ours.time_embed(timestep_embedding(t, c)), emb), 2e-5)
+    x, y = small(b, c, H, W), small(b, 2 * c, H // 2, W // 2)  # features of levels 0 and 1
+    first, second = ours.input_blocks[1], ours.input_blocks[4]
+    down0, down1 = theirs.down_blocks[:2]
+    yield Row("UNet: ResBlock", error(first[0](x, emb), down0.resnets[0](x, emb)), 2e-5)
+    z = small(b, c, H // 2, W // 2)
+    yield Row("UNet: ResBlock that widens", error(second[0](z, emb), down1.resnets[0](z, emb)), 2e-5)
+    for name, block, attention, z in (
+        ("level 0", first[1], down0.attentions[0], x), ("level 1", second[1], down1.attentions[0], y)
+    ):  # fmt: skip
+        reference = attention(z, encoder_hidden_states=context).sample
+        yield Row(f"UNet: SpatialTransformer, {name}", error(block(z, context), reference), 2e-5)
+    inner, outer = first[1].transformer_blocks[0], down0.attentions[0].transformer_blocks[0]
+    tokens = small(b, H * W, c)
+    yield Row("UNet: self-attention", error(inner.attn1(tokens), outer.attn1(tokens)), 2e-5)
+    reference = outer.attn2(tokens, encoder_hidden_states=context)
+    yield Row("UNet: cross-attention", error(inner.attn2(tokens, context), reference), 2e-5)
+    yield Row("UNet: feed-forward", error(inner.ff(tokens), outer.ff(tokens)), 2e-5)
+    yield Row("UNet: Downsample", error(ours.input_blocks[3][0](x), down0.downsamplers[0](x)), 2e-5)
+    z = small(b, 4 * c, H // 8, W // 8)
+    yield Row("UNet: Upsample", error(ours.output_blocks[2][1](z), theirs.up_blocks[0].upsamplers[0](z)), 2e-5)
+    narrow = small(b, 8 * c, H // 8, W // 8)  # a feature map beside its skip
+    reference = theirs.up_blocks[0].resnets[0](narrow, emb)
+    yield Row("UNet: ResBlock that narrows", error(ours.output_blocks[0][0](narrow, emb), reference), 2e-5)
+
+
+def vae(case: Case) -> Iterator[Row]:
+    for b, H, W in case.sizes:
+        generator = torch.Generator().manual_seed(b * H * W)
+        image = torch.rand(b, 3, 8 * H, 8 * W, generator=generator) * 2 - 1
+        mean, logvar = case.sd.vae.encode(image)
+        posterior = case.vae.encode(image).latent_dist
+        yield Row(f"VAE encode, mean, {at(b, H, W)}", error(mean, posterior.mean), 2e-5)
+        yield Row(f"VAE encode, log variance, {at(b, H, W)}", error(logvar, posterior.logvar), 2e-5)
+        z = torch.randn(b, 4, H, W, generator=generator)
+        yield Row(f"VAE decode, {at(b, H, W)}", error(case.sd.vae.decode(z), case.vae.decode(z).sample), 2e-5)
+
+
+def vae_blocks(case: Case) -> Iterator[Row]:
+    ours, theirs, cfg = case.sd.vae, case.vae, case.sd.config.vae
+    b, H, W = case.sizes[0]
+    x = small(b, cfg.ch * cfg.ch_mult[-1], H, W)
+    mid, reference = ours.decoder.mid, theirs.decoder.mid_block
+    yield Row("VAE: ResnetBlock", error(mid.block_1(x), reference.resnets[0](x, None)), 2e-5)
+    yield Row("VAE: AttnBlock", error(mid.attn_1(x), reference.attentions[0](x)), 2e-5)
+    upsample = theirs.decoder.up_blocks[0].upsamplers[0]
+    yield Row("VAE: Upsample", error(ours.decoder.up[-1].upsample(x), upsample(x)), 2e-5)
+    x = small(b, cfg.ch, 2 * H, 2 * W)
+    downsample = theirs.encoder.down_blocks[0].downsamplers[0]
+    yield Row("VAE: Downsample (pads right and bottom)", error(ours.encoder.down[0].downsample(x), downsample(x)), 2e-5)
+    widens = ours.encoder.down[1].block[0], theirs.encoder.down_blocks[1].resnets[0]
+    yield Row("VAE: ResnetBlock that widens", error(widens[0](x), widens[1](x, None)), 2e-5)
+
+
+def text(case: Case) -> Iterator[Row]:
+    sd, cfg = case.sd, case.sd.config.text
+    ids = sd.text.tokenize([*PROMPTS, "a yellow star " * 40])
+    ids = torch.cat([ids, torch.randint(cfg.vocab_size, (3, cfg.max_length))])
+    towers = {"torch.nn.TransformerEncoderLayer": references.torch_text(sd), "open_clip": references.open_clip_text(sd)}
+    for name, tower in towers.items():
+        if tower is not None:
+            yield Row(f"text, {len(ids)} prompts, against {name}", error(sd.text(ids), tower(ids)), 1e-5)
+
+
+def steps(case: Case) -> Iterator[Row]:
+    """The pure step at diffusers' times, the last one included."""
+    cfg, abar = case.sd.config, ddim.alphas_cumprod(case.sd.config.schedule)
+    for n in (7, 20, 25, 30, 50):
+        theirs, worst = references.scheduler(cfg, n), 0.0
+        for t in theirs.timesteps.tolist():
+            x, eps = torch.randn(2, 2, 4, 8, 8)
+            ours, x0 = ddim.step(x, eps, abar[t], abar[max(t - 1000 // n, 0)])
+            reference = theirs.step(eps, t, x)
+            worst = max(worst, error(ours, reference.prev_sample), error(x0, reference.pred_original_sample))
+        yield Row(f"DDIM, each of {n} steps", worst, 2e-5)
+
+
+def latents(case: Case) -> Iterator[Row]:
+    """Classifier-free guidance from the same noise, 10 steps."""
+    cfg, scale, seeds = case.sd.config, 7.5, [3]
+    H = W = cfg.size // cfg.vae.factor
+    *_, last = sample(case.sd, list(PROMPTS[:1]), CFG(), steps=10, scale=scale, seeds=seeds)
+    x = torch.stack([torch.randn(4, H, W, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    context, theirs = case.sd.text.encode(["", PROMPTS[0]]), references.scheduler(cfg, 10)
+    for t in theirs.timesteps:
+        eps_0, eps_p = case.unet(torch.cat([x, x]), t, context).sample.chunk(2)
+        x = theirs.step(eps_0 + scale * (eps_p - eps_0), t, x).prev_sample
+    yield Row(f"latents after 10 steps, scale {scale}, {at(1, H, W)}", error(last.x, x), 1e-3)
+
+
+def bfloat16(case: Case) -> Iterator[Row]:
+    """Our distance from float32 over diffusers'. Root mean squares: largest values differ by 20 % between inputs."""
+    b, H, W = case.sizes[0]
+    x, t, context = inputs(case, b, H, W)
+    half = torch.bfloat16
+    exact = case.sd.unet(x, t, context)
+    ours, theirs = copy.deepcopy(case.sd.unet).to(half), copy.deepcopy(case.unet).to(half)
+    found = (ours(x, t, context) - exact).square().mean()
+    reference = (theirs(x.to(half), t, context.to(half)).sample.float() - exact).square().mean()
+    yield Row("UNet in bfloat16: distance from float32, over diffusers'", (found / reference).sqrt().item(), 1.2)
+    del ours, theirs
+    exact = case.sd.vae.decode(x)
+    ours, theirs = copy.deepcopy(case.sd.vae).to(half), copy.deepcopy(case.vae).to(half)
+    found = (ours.decode(x.to(half)).float() - exact).square().mean()
+    reference = (theirs.decode(x.to(half)).sample.float() - exact).square().mean()
+    yield Row("VAE decode in bfloat16: the same", (found / reference).sqrt().item(), 1.2)
+
+
+GROUPS = (unet, unet_blocks, vae, vae_blocks, text, steps, latents, bfloat16)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[group.__name__ for group in GROUPS])
+    args = parser.parse_args(argv)
+    case, worst = full() if args.full else tiny(), 0.0
+    print("| what | error | limit |\n|---|---|---|")
+    for group in GROUPS:
+        if group.__name__ in args.only:
+            torch.manual_seed(0)
+            for row in group(case):
+                print(f"| {row.what} | {row.error:.1e} | {row.limit:.0e} |", flush=True)
+                worst = max(worst, row.error / row.limit)
+    return int(not worst <= 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

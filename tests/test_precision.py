@@ -1,0 +1,93 @@
+"""Half precision, what is not finite, and batches of pictures."""
+
+import copy
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import sample as program
+from dag import CFG, sample
+from dag.model import NumericsError
+
+PROMPTS, SEEDS = ["a red circle on grey", "a blue star"], [1, 2]
+
+
+@pytest.fixture(scope="module")
+def exact(shapes):
+    return [step.x for step in sample(shapes, PROMPTS, CFG(), steps=4, seeds=SEEDS)]
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_half_precision(shapes, exact, dtype, limit):
+    """The networks run in it; latents stay float32 and near those of float32, from the very same noise."""
+    half = copy.deepcopy(shapes).to(dtype)
+    steps = list(sample(half, PROMPTS, CFG(), steps=4, seeds=SEEDS))
+    for ours, reference in zip(steps, exact, strict=True):
+        assert ours.x.dtype == torch.float32
+        assert 0 < (ours.x - reference).abs().max() <= limit * reference.abs().max()
+    corner = (slice(1), slice(None), slice(8), slice(8))  # a CPU decodes float16 fifty times slower than float32
+    picture = half.decode(steps[-1].x[corner])
+    assert picture.dtype == torch.float32
+    assert (picture - shapes.decode(exact[-1][corner])).abs().mean() <= limit
+
+
+def test_islands(shapes, monkeypatch):
+    """The time's cosines and sines are float32 whatever the networks run in: bfloat16 cannot tell 981 from 982."""
+    from dag import unet
+
+    seen = []
+    real = unet.timestep_embedding
+
+    def spy(t, dim):
+        seen.append(real(t, dim))
+        return seen[-1]
+
+    monkeypatch.setattr(unet, "timestep_embedding", spy)
+    half = copy.deepcopy(shapes).to(torch.bfloat16)
+    half.unet(torch.zeros(2, 4, 8, 8), torch.tensor([981, 982]), half.text.encode(PROMPTS))
+    assert seen[0].dtype == torch.float32 and (seen[0][0] - seen[0][1]).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(shapes, value):
+    """A step that goes wrong is named; a decoder that does is not hidden by clamping infinity to white."""
+    broken = copy.deepcopy(shapes)
+    broken.unet.out[2].bias[0] = value
+    with pytest.raises(NumericsError, match=r"not finite after step 1 of 3 \(t = 667\); try --dtype float32"):
+        list(sample(broken, PROMPTS, CFG(), steps=3))
+    broken = copy.deepcopy(shapes)
+    broken.vae.decoder.conv_out.bias[0] = value
+    with pytest.raises(NumericsError, match="the decoded picture is not finite in torch.float32"):
+        broken.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_not_finite_on_the_command_line(shapes, tmp_path, capsys, monkeypatch):
+    broken = copy.deepcopy(shapes)
+    broken.unet.out[2].bias[0] = float("nan")
+    monkeypatch.setattr("dag.load", lambda *args: broken)
+    assert program.main(["--steps", "2", "--guidance", "none", "--prompt", "a star", "--out", str(tmp_path)]) == 1
+    assert "not finite after step 1 of 2" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("0*.png"))
+
+
+def test_pictures_are_decoded_one_by_one(shapes):
+    """So memory does not grow with the batch, and a picture does not depend on its neighbours."""
+    z = torch.randn(3, 4, 16, 16)
+    assert torch.equal(shapes.decode(z), torch.cat([shapes.decode(one[None]) for one in z]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_batch_size(size, tmp_path, monkeypatch):
+    from dag import drawing
+
+    sizes, real = [], drawing.sample
+    monkeypatch.setattr(
+        drawing, "sample", lambda sd, prompts, *rest: sizes.append(len(prompts)) or real(sd, prompts, *rest)
+    )
+    argv = ["--prompt", "a blue star on night", "--n-images", "5", "--steps", "2", "--guidance", "none"]
+    assert program.main([*argv, "--batch-size", str(size), "--out", str(tmp_path)]) == 0
+    assert max(sizes) == size and sum(sizes) == 5
+    assert len(json.loads((tmp_path / "report.json").read_text())["pictures"]) == 5
+    assert Image.open(tmp_path / "004-a-blue-star-on-night.png").size == (128, 128)
