@@ -165,8 +165,6 @@ def open_model(args: argparse.Namespace):
 
     import dag
 
-    if args.verify:
-        verify(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     try:
@@ -399,6 +397,8 @@ def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int
 def main(argv: list[str] | None = None) -> int:
     def either() -> int:
         args = arguments(argv)
+        if args.verify:
+            verify(args)
         return detect(args) if args.detect is not None else run(args)
 
     return guarded("sample.py", either, argv)

@@ -65,8 +65,6 @@ def test_pictures_round_trip():
     image = Image.effect_noise((24, 16), 50).convert("RGB")
     (back,) = to_pil(from_pil(image))
     assert back.tobytes() == image.tobytes()
-    with pytest.raises(ArithmeticError, match="not finite"):
-        to_pil(torch.full((1, 3, 2, 2), float("nan")))
 
 
 def test_overlay_shows_where():

@@ -4,42 +4,53 @@ import pytest
 import torch
 
 from dag import CFG, SEGA, SLD, ddim, sample
+from dag.config import SHAPES
 from dag.sampling import noise
-from tests.test_parity import error, scheduler, their_unet, their_vae  # noqa: F401
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
+from tests.parity import Case, error, tiny  # noqa: E402
+from tests.references import scheduler  # noqa: E402
 
 PROMPTS, SEEDS, STEPS = ["a red circle on grey", "a tomato and a blue star"], [3, 4], 12
 
 
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return tiny()
+
+
 def ours(sd, guidance, monkeypatch):
-    theirs = scheduler()
-    theirs.set_timesteps(STEPS)
-    times = theirs.timesteps.tolist()
+    times = scheduler(SHAPES, STEPS).timesteps.tolist()
     monkeypatch.setattr(ddim, "time_pairs", lambda steps, cfg: list(zip(times, [*times[1:], 0], strict=True)))
     *_, last = sample(sd, PROMPTS, guidance, STEPS, 7.5, SEEDS)
     return last.x
 
 
-def pipeline(kind, sd, unet, vae):
-    parts = dict(vae=vae, text_encoder=sd.text.transformer, tokenizer=sd.text.tokenizer, unet=unet)
+def pipeline(kind, case: Case):
     pipe = kind(
-        **parts, scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        vae=case.vae,
+        text_encoder=case.sd.text.transformer,
+        tokenizer=case.sd.text.tokenizer,
+        unet=case.unet,
+        scheduler=scheduler(SHAPES, STEPS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def common(sd):
+def common():
     return dict(num_inference_steps=STEPS, guidance_scale=7.5, height=128, width=128, latents=noise(SEEDS, (4, 16, 16)))
 
 
 @pytest.mark.parametrize("preset", SLD.PRESETS)
 @torch.no_grad()
-def test_sld(preset, random_model, their_unet, their_vae, monkeypatch):  # noqa: F811
+def test_sld(preset, case, monkeypatch):
     from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
 
-    pipe = pipeline(StableDiffusionPipelineSafe, random_model, their_unet, their_vae)
+    pipe = pipeline(StableDiffusionPipelineSafe, case)
     pipe.safety_concept = "a red circle"
     p, last = SLD.PRESETS[preset], []
     pipe(
@@ -50,21 +61,21 @@ def test_sld(preset, random_model, their_unet, their_vae, monkeypatch):  # noqa:
         sld_momentum_scale=p["momentum"],
         sld_mom_beta=p["beta"],
         callback=lambda i, t, latents: last.append(latents),
-        **common(random_model),
+        **common(),
     )
-    x = ours(random_model, SLD.preset(preset, "a red circle"), monkeypatch)
+    x = ours(case.sd, SLD.preset(preset, "a red circle"), monkeypatch)
     assert error(x, last[-1]) <= 1e-4
     if p["warmup"] < STEPS:  # weak's has not ended yet
-        assert error(ours(random_model, CFG(), monkeypatch), last[-1]) > 1e-3
+        assert error(ours(case.sd, CFG(), monkeypatch), last[-1]) > 5e-4
 
 
 @pytest.mark.parametrize("concepts", [["a red circle"], ["a red circle", "a blue star"]])
 @pytest.mark.parametrize("momentum, warmup", [(0.0, 0), (0.1, 0), (0.3, 10), (0.1, 3)])
 @torch.no_grad()
-def test_sega(concepts, momentum, warmup, random_model, their_unet, their_vae, monkeypatch):  # noqa: F811
+def test_sega(concepts, momentum, warmup, case, monkeypatch):
     from diffusers.pipelines.deprecated.semantic_stable_diffusion import SemanticStableDiffusionPipeline
 
-    pipe = pipeline(SemanticStableDiffusionPipeline, random_model, their_unet, their_vae)
+    pipe = pipeline(SemanticStableDiffusionPipeline, case)
     theirs = pipe(
         PROMPTS,
         editing_prompt=concepts,
@@ -76,8 +87,8 @@ def test_sega(concepts, momentum, warmup, random_model, their_unet, their_vae, m
         edit_mom_beta=0.4,
         output_type="latent",
         return_dict=False,
-        **common(random_model),
+        **common(),
     )[0]
     guidance = SEGA(*concepts, scale=5.0, warmup=warmup, momentum=momentum, beta=0.4)
-    assert error(ours(random_model, guidance, monkeypatch), theirs) <= 1e-4
-    assert error(ours(random_model, CFG(), monkeypatch), theirs) > 1e-3
+    assert error(ours(case.sd, guidance, monkeypatch), theirs) <= 1e-4
+    assert error(ours(case.sd, CFG(), monkeypatch), theirs) > 5e-4
