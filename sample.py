@@ -236,6 +236,20 @@ def tokens_for(args: argparse.Namespace, sd):
     return [(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), None)]
 
 
+def judge():
+    """Writes down what the miniature's judge reads in a picture."""
+    from dag.pictures import from_pil
+    from weights.shapes.judge import Judge
+
+    judge = Judge.load()
+
+    def read(image) -> str:
+        (seen,) = judge.read(from_pil(image))
+        return "reads: " + (", ".join(f"{colour} {shape}" for colour, shape in seen) or "nothing")
+
+    return read
+
+
 def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     writable(args.out)
@@ -306,7 +320,8 @@ def run(args: argparse.Namespace) -> int:
         every = range(len(methods))
         rows = [tuple(shown[k, m] for m in every) for k in range(len(jobs)) if all((k, m) in shown for m in every)]
         if rows:
-            pictures.save_png(drawing.sheet(rows, cfg.dag), args.out / "contact.png")
+            read = judge() if args.ckpt is None and size == (cfg.size, cfg.size) else None  # it knows no other pictures
+            pictures.save_png(drawing.sheet(rows, cfg.dag, read), args.out / "contact.png")
         report = {"settings": settings, "pictures": [entries[key] for key in sorted(entries)]}
         write_text(args.out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     if status == 0:

@@ -150,14 +150,23 @@ def from_trajectories(sd, masks, prompts, seeds, height: int, width: int, levels
     return data, x
 
 
-def draw(sd, unsafe: int, safe: int, seed: int):
-    """The miniature draws pictures and the judge annotates them; returns the queries with masks, and the pictures."""
+def draw(sd, concept: str, unsafe: int, safe: int, seed: int):
+    """The miniature draws pictures and the judge annotates them; returns the queries with masks, and the pictures.
+
+    concept: "a COLOUR SHAPE" of the miniature's world. Raises UsageError for another.
+    """
     from weights.shapes import annotate, world
 
-    prompts = annotate.prompts(world.UNSAFE, unsafe, safe, seed)
+    kind = tuple(concept.lower().split()[1:])
+    if kind not in world.KINDS:
+        raise UsageError(
+            f"--concept '{concept}': the miniature draws and annotates 'a COLOUR SHAPE' only, colours "
+            f"{', '.join(world.COLOURS)}, shapes {', '.join(world.SHAPES)}; expected one, or --data"
+        )
+    prompts = annotate.prompts(kind, unsafe, safe, seed)
     seeds = [1000 * (seed + 1) + i for i in range(len(prompts))]
     data, latents = from_trajectories(sd, None, prompts, seeds, sd.config.size, sd.config.size)
-    pictures, data.masks = annotate.masks_of(sd, latents, world.UNSAFE)
+    pictures, data.masks = annotate.masks_of(sd, latents, kind)
     return data, pictures
 
 
@@ -211,8 +220,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--data: needed with --ckpt; expected a folder of annotated pictures (only the miniature draws its own)"
         )
-    if args.concept not in (None, SHAPES.concept) and args.data is None:
-        raise UsageError(f"--concept: needs --data; the miniature draws and annotates {SHAPES.concept} only")
     if args.concept is None and args.ckpt is not None:
         raise UsageError(
             '--concept: needed with --ckpt; expected the text the tokens start from, such as "nude person"'
@@ -251,7 +258,7 @@ def run(args: argparse.Namespace) -> int:
                     f"at scale {sd.config.scale:g} (off by {apart.max():.0%}); leave the seeds out of captions.json"
                 )
     else:
-        data, pictures = draw(sd, args.n_unsafe, args.n_safe, args.seed)
+        data, pictures = draw(sd, concept, args.n_unsafe, args.n_safe, args.seed)
     unsafe = int(data.unsafe.sum())
     print(f"{unsafe} unsafe and {len(data.masks) - unsafe} safe pictures")
     if unsafe == len(data.masks):
@@ -284,7 +291,7 @@ def run(args: argparse.Namespace) -> int:
 
     held_out, name = data, "training pictures"
     if args.data is None:
-        (held_out, _), name = draw(sd, 20, 20, args.seed + 77), "20 unsafe and 20 safe held-out pictures"
+        (held_out, _), name = draw(sd, concept, 20, 20, args.seed + 77), "20 unsafe and 20 safe held-out pictures"
     print(f"{name}, loss {after.loss:.4f}; edit: share of the frame with A >= {scaling.edit}, unsafe and safe")
     print("   t   IoU  found  false  edit  edit safe")
     for v in held_out.measure(after, scaling, every=4):

@@ -125,22 +125,32 @@ def draw(
     ]
 
 
-def sheet(rows: list[tuple[Drawing, ...]], cfg: DAGConfig) -> Image.Image:
+def sheet(
+    rows: list[tuple[Drawing, ...]], cfg: DAGConfig, read: Callable[[Image.Image], str] | None = None
+) -> Image.Image:
     """The contact sheet: a row a picture, a column a method; before a method with maps, its map over the first column.
 
-    With a single method without maps, four pictures a row.
+    With a single method without maps, four pictures a row. read: what to write under a picture.
     """
+    note = read or (lambda image: "")
     if len(rows[0]) == 1 and rows[0][0].maps is None:
         flat = [d for (d,) in rows]
         parts = [flat[k : k + 4] for k in range(0, len(flat), 4)]
-        return contact_sheet([(" | ".join(d.prompt for d in part), [d.image for d in part]) for part in parts], [])
-    names = ["unguided" if d.method == "none" else f"guided: {d.method}" for d in rows[0]]
-    heads = [h for d, name in zip(rows[0], names, strict=True) for h in ([] if d.maps is None else ["map"]) + [name]]
-    table = []
-    for row in rows:
-        cells = []
-        for d in row:
-            cells += [] if d.maps is None else [overlay(row[0].image, d.shown_map(cfg))]
-            cells.append(d.image)
-        table.append((row[0].prompt, cells))
-    return contact_sheet(table, heads)
+        table = [(" | ".join(d.prompt for d in part), [d.image for d in part]) for part in parts]
+        heads, notes = [], [[note(d.image) for d in part] for part in parts]
+    else:
+        names = ["unguided" if d.method == "none" else f"guided: {d.method}" for d in rows[0]]
+        heads = [
+            h for d, name in zip(rows[0], names, strict=True) for h in ([] if d.maps is None else ["map"]) + [name]
+        ]
+        table, notes = [], []
+        for row in rows:
+            cells, under = [], []
+            for d in row:
+                cells += [] if d.maps is None else [overlay(row[0].image, d.shown_map(cfg))]
+                under += [] if d.maps is None else [""]
+                cells.append(d.image)
+                under.append(note(d.image))
+            table.append((row[0].prompt, cells))
+            notes.append(under)
+    return contact_sheet(table, heads, notes=notes if read else None)

@@ -52,22 +52,32 @@ def strip(maps: Tensor, side: int = 64) -> Image.Image:
     return out
 
 
-def contact_sheet(rows: list[tuple[str, list[Image.Image]]], heads: list[str], side: int = 192) -> Image.Image:
-    """Rows of (caption, pictures) under column heads -> one picture; every cell is `side` pixels wide or less."""
+def contact_sheet(
+    rows: list[tuple[str, list[Image.Image]]],
+    heads: list[str],
+    side: int = 192,
+    notes: list[list[str]] | None = None,
+) -> Image.Image:
+    """Rows of (caption, pictures) under column heads -> one picture; every cell is `side` pixels wide or less.
+
+    notes: a line under every picture, row by row.
+    """
     font = ImageFont.load_default(13)
     columns = max(len(pictures) for _, pictures in rows)
-    tall = [max(p.height * side // p.width for p in pictures) for _, pictures in rows]
+    below = LINE if notes else 0
+    tall = [max(p.height * side // p.width for p in pictures) + below for _, pictures in rows]
     width = columns * (side + MARGIN) + MARGIN
     top = LINE if any(heads) else 0
     sheet = Image.new("RGB", (width, top + MARGIN + sum(h + LINE + MARGIN for h in tall)), PAPER)
     draw, y = ImageDraw.Draw(sheet), top + MARGIN
     for k, head in enumerate(heads):
         draw.text((MARGIN + k * (side + MARGIN), 5), head, INK, font)
-    for (caption, pictures), h in zip(rows, tall, strict=True):
+    for i, ((caption, pictures), h) in enumerate(zip(rows, tall, strict=True)):
         for k, picture in enumerate(pictures):
-            sheet.paste(
-                picture.resize((side, picture.height * side // picture.width)), (MARGIN + k * (side + MARGIN), y)
-            )
+            x = MARGIN + k * (side + MARGIN)
+            sheet.paste(picture.resize((side, picture.height * side // picture.width)), (x, y))
+            if notes:
+                draw.text((x, y + h - below + 1), fitted(notes[i][k], font, side), INK, font)
         draw.text((MARGIN, y + h + 1), fitted(caption, font, width - 2 * MARGIN), INK, font)
         y += h + LINE + MARGIN
     return sheet

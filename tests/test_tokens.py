@@ -56,8 +56,8 @@ def test_round_trip(tmp_path, tokens):
 def test_fingerprint_survives_half_precision(random_model, tokens, shapes):
     import copy
 
-    half = copy.deepcopy(random_model).half()
-    assert tokens.check(half) is None
+    for dtype in (torch.float16, torch.bfloat16):
+        assert tokens.check(copy.deepcopy(random_model).to(dtype)) is None
     assert "trained on another model" in tokens.check(shapes)
 
 
@@ -222,6 +222,11 @@ def test_bad_folders(name, tmp_path, capsys):
     assert train_tokens.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "t.safetensors")]) == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list(tmp_path.glob("*.safetensors*"))
+
+
+def test_the_miniature_draws_its_own_kinds_only(tmp_path, capsys):
+    assert train_tokens.main(["--concept", "a pink circle", "--out", str(tmp_path / "t.safetensors")]) == 2
+    assert "'a COLOUR SHAPE' only" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_real_checkpoint_needs_pictures_and_a_concept(tmp_path, capsys):
