@@ -51,7 +51,7 @@ TOKENS = MINIATURE.with_name("red-circle.safetensors")
 METHODS = (
     "none", "negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "dag", "dag-sld",
     "dag-no-area", "dag-no-magnitude", "dag-joint",
-    "sega:5", "sega:20", "sega:40", "sld:0", "sld:0.9", "dag:1.5", "dag:3", "dag:6",
+    "sega:20", "sega:40", "sld:0.9", "dag:1.5",
 )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     values, vectors = torch.linalg.eigh(ca)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # of ca
     cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()  # trace of (ca cb)^(1/2)
-    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+    return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item())
 
 
 def row(name: str, sd, judge: Judge, tokens, sets: dict, plain: dict | None, scale: float, real: Tensor) -> tuple:
