@@ -30,6 +30,9 @@ VARIANTS: list[dict] = [
     {"memory": 0.0, "warmup": 1, "s_max": 2.0},
     {"memory": 0.0, "warmup": 1, "top": 1.0, "s_max": 2.0},
     {"memory": 0.0, "warmup": 1, "top": 1.0, "s_max": 1.5},
+    {"min_area": 0.06},
+    {"min_area": 0.06, "warmup": 3},
+    {"s_max": 4.0},
     {"paper": True},
 ]
 COLUMNS = {  # of a set, what is told
@@ -45,7 +48,7 @@ def config(changes: dict) -> DAGConfig:
     if "paper" in changes:
         return DAGConfig(scaling=Scaling(min_area=SHAPES.dag.scaling.min_area))
     own = {k: v for k, v in changes.items() if k in ("warmup", "top", "memory")}
-    scaling = {k: v for k, v in changes.items() if k == "s_max"}
+    scaling = {k: v for k, v in changes.items() if k in ("s_max", "min_area")}
     return replace(SHAPES.dag, **own, scaling=replace(SHAPES.dag.scaling, **scaling))
 
 
