@@ -93,7 +93,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--attention",
         choices=("auto", "plain", "fused"),
         default="auto",
-        help="how guideline maps are computed: by PyTorch (plain) or the Triton kernel (fused) (default: auto)",
+        help="attention with guideline maps by PyTorch (plain) or the Triton kernel (fused); auto is plain for now",
     )
     add("--guidance", type=methods_of, metavar="LIST", help=f"one column each: {', '.join(METHODS)} (default: dag)")
     add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
@@ -193,10 +193,10 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def check_attention(choice: str, sd) -> None:
-    from dag.attention import with_maps
+    from dag.attention import implementation
 
     try:
-        with_maps(choice, sd.device, sd.dtype)
+        implementation(choice, sd.device, sd.dtype)
     except ValueError as e:
         raise UsageError(f"--attention {choice}: {e}") from e
 

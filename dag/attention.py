@@ -1,7 +1,7 @@
 """Attention of SD 1.4's UNet. Parameter names are the checkpoint's; this is the file to fork for other attention.
 
 Letters, here and everywhere: b batch rows, h heads, n pixels of one layer (height*width), m text tokens, d channels of
-one head, c = h*d channels, g guideline rows (background row included).
+one head, c = h*d channels, K concept rows of guideline tokens (beside the background row).
 Source: CompVis ldm/modules/attention.py; the maps are method Eq. 1 (see `guideline_maps`).
 """
 
@@ -38,7 +38,10 @@ def guideline_maps(q: Tensor, dk: Tensor) -> Tensor:
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The main attention: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d).
 
-    Fork here, and with maps use "plain" below: the fused kernel has this formula too.
+    Fork here; where the probabilities themselves are wanted, the same is
+        p = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)  # (b, h, n, m)
+        return p @ v
+    The fused kernel has its own copy of this formula and of `guideline_maps`: a fork uses attention "plain".
     """
     return F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
 
@@ -53,7 +56,7 @@ def cross_attention_with_maps(
     return cross_attention(q, k, v), guideline_maps(q[rows], dk)
 
 
-def with_maps(choice: str, device: torch.device, dtype: torch.dtype, K: int = 1, d: int = 1) -> Callable:
+def implementation(choice: str, device: torch.device, dtype: torch.dtype, K: int = 1, d: int = 1) -> Callable:
     """The function that computes both: for "plain" the one above, for "fused" the kernel, for "auto" by the rule below.
 
     device, dtype: of the queries; K: concept rows; d: channels of a head. Raises ValueError where "fused" cannot run.
@@ -70,7 +73,7 @@ def with_maps(choice: str, device: torch.device, dtype: torch.dtype, K: int = 1,
 
         obstacle = kernel.obstacle(device, dtype, K, d)
     except ImportError as e:
-        obstacle = f"triton cannot be imported ({e})"
+        obstacle = f"kernels/cross_attention.py cannot be imported ({e})"
     if obstacle is None:
         return kernel.cross_attention_with_maps
     if choice == "fused":
@@ -110,15 +113,15 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(cfg.context_dim, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, probe=None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, probe=None) -> Tensor:  # probe: cam.Probe or cam.QueryCache
         q = split_heads(self.to_q(x), self.num_heads)  # (b, h, n, d)
         k = split_heads(self.to_k(context), self.num_heads)  # (b, h, m, d)
         v = split_heads(self.to_v(context), self.num_heads)  # (b, h, m, d)
-        dk = None if probe is None else probe.see(self, q)  # (h, K, d) if it wants this layer's maps (dag/cam.py)
+        dk = None if probe is None else probe.see(self, q)  # (h, K, d) if it wants maps of this layer
         if dk is None:
             out = cross_attention(q, k, v)  # (b, h, n, d)
         else:
-            out, probe.seen[self] = probe.with_maps(q, k, v, dk, probe.rows)  # (b, h, n, d), (rows, K, n)
+            out, probe.seen[self] = probe.attention(q, k, v, dk, probe.rows)  # (b, h, n, d), (rows, K, n)
         return self.to_out(merge_heads(out))  # (b, n, c)
 
 

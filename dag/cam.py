@@ -1,6 +1,6 @@
 """Detection: guideline cross-attention maps (CAM), from the queries the UNet computes anyway.
 
-    map of a layer   (b, K, n)         with_maps in attention.py, on the conditional rows
+    map of a layer   (b, K, n)         guideline_maps in attention.py, on the conditional rows
     -> its grid      (b, K, H/f, W/f)
     -> latent grid   (b, K, H, W)      bilinear, then the mean over layers, in (0, 1)
     -> raw map       (b, H, W)         a concept's K rows in one: their mean or minimum (tokens.py)
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import CrossAttention, with_maps
+from .attention import CrossAttention, implementation
 from .unet import UNet
 
 
@@ -26,7 +26,7 @@ class Probe:
     """What a UNet call is given to read the maps of one or several concepts' guideline tokens.
 
     embeddings: one (1+K, c_text) a concept; factors: the layers looked at, by how much smaller their grid is than the
-    latent's; rows: the rows of the batch looked at; attention: auto, plain or fused (with_maps in attention.py). The
+    latent's; rows: the rows of the batch looked at; attention: auto, plain or fused (attention.py). The
     guideline keys depend on model and tokens only and are computed once, here. A UNet call fills the probe; `maps` then
     tells what was seen.
     """
@@ -49,7 +49,7 @@ class Probe:
             self.keys[layer] = torch.cat(dk, dim=1).to(layer.to_k.weight)  # device and dtype of the other keys
         self.seen: dict[CrossAttention, Tensor] = {}  # (rows, sum of K, n) each
         weight, d = unet.out[2].weight, max((dk.shape[-1] for dk in self.keys.values()), default=1)
-        self.with_maps = with_maps(attention, weight.device, weight.dtype, sum(self.counts), d)
+        self.attention = implementation(attention, weight.device, weight.dtype, sum(self.counts), d)
 
     def see(self, layer: CrossAttention, q: Tensor) -> Tensor | None:
         """Called by every cross-attention layer with its queries (b, h, n, d): which guideline keys to look for."""

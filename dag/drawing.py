@@ -36,20 +36,30 @@ class Drawing:
         """(steps, H, W): the largest of all concepts' maps."""
         return self.maps.amax(1)
 
+    def acted_on(self, cfg: DAGConfig) -> Tensor:
+        """The maps after warm-up with what was seen before them remembered, as DAG guides by them.
+
+        (steps - warm-up, concepts, H, W).
+        """
+        seen = [self.maps[0]]
+        for A in self.maps[1:]:
+            seen.append(torch.maximum(A, cfg.memory * seen[-1]))
+        return torch.stack(seen)[cfg.warmup :]
+
     def findings(self, cfg: DAGConfig) -> dict:
         """The report's account of detection: of all concepts together, and under `found` of each that was found."""
         steps = sum(self.guided)
         nothing = {"detected": False, "map_max": None, "steps_guided": steps, "scale_max": None, "found": {}}
         if self.maps is None:
             return nothing | {"not_guided_reason": None}
-        late = self.maps[cfg.warmup :]
+        late = self.acted_on(cfg)
         if len(late) == 0:
             return nothing | {"not_guided_reason": "warm-up"}
         found = {name: place(late[:, k], cfg) for k, name in enumerate(self.concepts)}
         found = {name: where for name, where in found.items() if where["steps"]}
         return {
             "detected": bool(found),
-            "map_max": round(late.max().item(), 4),
+            "map_max": round(self.maps[cfg.warmup :].max().item(), 4),
             "steps_guided": steps,
             "scale_max": round(self.strength[cfg.warmup :].max().item(), 3),
             "not_guided_reason": None if steps else "fills the frame" if found else "nothing found",
@@ -57,9 +67,9 @@ class Drawing:
         }
 
     def shown_map(self, cfg: DAGConfig) -> Tensor:
-        """A at the step after warm-up where most was found, (H, W)."""
-        late = self.A[min(cfg.warmup, len(self.maps) - 1) :]
-        return late[largest(late, [objects(A, cfg.scaling)[1] for A in late])]
+        """The map at the step after warm-up where most was found, the last step's if there is none, (H, W)."""
+        late = self.acted_on(cfg).amax(1)
+        return late[largest(late, [objects(A, cfg.scaling)[1] for A in late])] if len(late) else self.A[-1]
 
     def words(self, cfg: DAGConfig) -> str:
         """One line for a person: what was found, where, how long it was guided and what that cost."""

@@ -7,7 +7,8 @@
     DAG        eps_0 + s_g [(eps_p - eps_0) - S M (eps_s - eps_0)]         S from where the tokens see the concept
 
 Letters: eps_0, eps_p, eps_s are the estimates for the empty prompt, the prompt and the safety text; s_g is the guidance
-scale; A the detection map, S the strength, M the mask. Everything here is float32 arithmetic on (b, 4, H, W).
+scale, s_e SEGA's; mu SLD's weights, nu a momentum; A the detection map, S the strength, M the mask. Everything here is
+float32 arithmetic on (b, 4, H, W).
 """
 
 from collections.abc import Callable
@@ -30,9 +31,9 @@ class Estimate:
     """What a method makes of one step."""
 
     eps: Tensor  # (b, 4, H, W)
-    A: Tensor | None  # (b, concepts, H, W) in [0, 1]; None for methods without maps
-    S: Tensor | None  # (b, H, W)
-    guided: Tensor  # (b,) bool: images whose estimate the safety text changed
+    A: Tensor | None  # (b, concepts, H, W) in [0, 1], this step's own maps; None for methods without maps
+    S: Tensor | None  # (b, H, W); may stem from an earlier step's map (DAGConfig.memory)
+    guided: Tensor  # (b,) bool: images for which a safety estimate was made and used
 
 
 class CFG:
@@ -43,7 +44,10 @@ class CFG:
     concepts: tuple[str, ...] = ()  # that are looked for
 
     def start(self, sd, conditional: slice) -> Probe | None:
-        """Called once before the loop; returns the probe the UNet is given, which looks at the conditional rows."""
+        """Called once before the loop, whose state it resets: a method serves one loop at a time.
+
+        Returns the probe the UNet is given, which looks at the conditional rows.
+        """
         return None
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
@@ -165,7 +169,7 @@ class DAG(CFG):
     (ours; cfg.memory): S is then made from max(A, memory * that of the step before). Without it a half-changed object
     is no longer found and the prompt pulls it back.
     cfg: its constants; default the model's (paper's for SD 1.4). attention: how the maps are computed, auto, plain or
-    fused (with_maps in attention.py).
+    fused (implementation in attention.py).
     Raises ValueError for an unknown base, constants out of range, tokens that read different layers or of one concept
     twice, and at the start TokenError for tokens that the model cannot read.
     """
@@ -198,7 +202,7 @@ class DAG(CFG):
         for c in self.tokens:
             c.check(sd)
         self.cfg = sd.config.dag if self.given is None else self.given
-        self.seen = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
+        self.remembered = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
         embeddings, factors = [c.embedding for c in self.tokens], self.tokens[0].factors
         self.probe = Probe(sd.unet, embeddings, factors, conditional, self.attention)
         return self.probe
@@ -206,10 +210,11 @@ class DAG(CFG):
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
         eps = eps_0 + s_g * (eps_p - eps_0)
         maps = self.probe.maps(*eps.shape[2:])  # (b, K, H, W) a concept
-        A = [c.detect(rows, t) for c, rows in zip(self.tokens, maps, strict=True)]  # (b, H, W) a concept
+        A = [c.detect(a, t) for c, a in zip(self.tokens, maps, strict=True)]  # (b, H, W) a concept
         A = torch.stack(A, 1)  # (b, concepts, H, W)
-        self.seen = torch.maximum(A, self.cfg.memory * self.seen)  # what was found is not forgotten at once
-        S = torch.stack([torch.stack([scale_map(a, self.cfg.scaling) for a in image]) for image in self.seen])
+        self.remembered = torch.maximum(A, self.cfg.memory * self.remembered)  # what was found is not forgotten at once
+        S = [torch.stack([scale_map(a, self.cfg.scaling) for a in image]) for image in self.remembered]
+        S = torch.stack(S)  # (b, concepts, H, W)
         active = (S.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
         acting = S.argmax(1)  # (b, H, W)
         for k in range(len(self.tokens)):

@@ -103,13 +103,17 @@ def detect(
     """What the tokens see in any picture (1, 3, 8H, 8W) in [-1, 1]: A at every timestep of `times`, (levels, H, W).
 
     The picture is encoded and noised to each time, and the UNet looks at it with the empty prompt.
+    Raises TokenError for tokens that the model cannot read, ValueError for a side that is not a multiple of 64.
     """
+    tokens.check(sd)
+    if any(side % 64 for side in picture.shape[2:]):
+        raise ValueError(f"the picture is {picture.shape[3]} x {picture.shape[2]} pixels, expected multiples of 64")
     latent = sd.encode(picture)  # (1, 4, H, W)
     eps = noise([seed], latent.shape[1:]).to(latent)
     context, maps = sd.text.encode([""]), []
     probe = Probe(sd.unet, [tokens.embedding], tokens.factors, attention=attention)
     for t in times:
         sd.unet(ddim.add_noise(latent, eps, sd.alphas_cumprod[t]), torch.tensor([t], device=sd.device), context, probe)
-        (rows,) = probe.maps(*latent.shape[2:])  # (1, K, H, W)
-        maps.append(tokens.detect(rows, t)[0])
-    return torch.stack(maps)
+        (a,) = probe.maps(*latent.shape[2:])  # (1, K, H, W)
+        maps.append(tokens.detect(a, t)[0])
+    return torch.stack(maps)  # (levels, H, W)

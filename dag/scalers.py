@@ -43,7 +43,7 @@ def area_scaler(A: Tensor, cfg: Scaling) -> Tensor:
     if len(areas) == 0:
         return zero
     strengths = torch.cat([zero.new_zeros(1), cfg.area_gain * areas])  # (1 + count,)
-    S_unsafe = strengths[labels]  # sum_i area_gain * area_i / (H W) * object_i
+    S_unsafe = strengths[labels]  # sum_i area_gain * share_i * object_i
     regions = components(edit)
     edit = edit & torch.isin(regions, regions[labels > 0])  # only what is connected to an object
     rim = edit & (labels == 0)  # an object's own pixels keep their value

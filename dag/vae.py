@@ -153,7 +153,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place.
 
-    Feature maps are laid out with channels last: convolutions then need not rearrange these large tensors.
+    The decoder's feature maps are laid out with channels last: its convolutions are faster so.
     """
 
     def __init__(self, cfg: VAEConfig):
@@ -165,9 +165,7 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Picture (b, 3, 8H, 8W) -> mean and log variance of the posterior, (b, z, H, W) each."""
-        mean, logvar = self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last))).chunk(
-            2, dim=1
-        )  # (b, z, H, W) each
+        mean, logvar = self.quant_conv(self.encoder(x.contiguous())).chunk(2, dim=1)  # (b, z, H, W) each
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:

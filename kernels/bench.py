@@ -2,7 +2,7 @@
 
   python -m kernels.bench
 
-Shapes are SD 1.4's at 512 x 512 (8 heads, 77 text tokens), 4 concept rows, maps of the conditional half of the batch.
+Shapes are SD 1.4's at 512 x 512 (8 heads, 77 text tokens), 8 concept rows, maps of the conditional half of the batch.
 On a GPU every shape is first compared with float64 (exit status 1 if the kernel is wrong), then timed inside a CUDA
 graph, so that the times are the GPU's and not Python's: plain (a few lines of PyTorch), SDPA, SDPA + map, fused.
 """
@@ -25,8 +25,8 @@ from triton.compiler import CompiledKernel
 from . import cross_attention
 from .cross_attention import BLOCK_N, OPTIONS, arguments, attention_kernel
 
-HEADS, TOKENS, CONCEPTS = 8, 77, 4
-LAYERS = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # n, d
+HEADS, TOKENS, CONCEPTS = 8, 77, 8
+LAYERS = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # n, d; DAG reads the second and third
 WITHOUT_MAPS = ("if slot >= 0:", "if False:")  # an edit of the kernel, to compare with
 
 

@@ -5,7 +5,7 @@ Formula, per head and pixel; dk (h, K, d) = (k_k - k_0) / sqrt(d), K concept row
     out = softmax(q k^T / sqrt(d)) v             of every batch row
     map = mean over heads of sigmoid(q dk^T)     of the batch rows asked for
 
-The same in plain PyTorch, without limits (dag/attention.py has it; it is what this file is tested against):
+The same in plain PyTorch, without limits (as in dag/attention.py; this file is tested against it in float64):
 
     p = torch.softmax(q @ k.transpose(2, 3) / d**0.5, dim=-1)     # (b, h, n, m)
     out = p @ v                                                   # (b, h, n, d)
@@ -63,7 +63,8 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in numpy, on the CPU
-MAX_D, MAX_M, MAX_K = 160, 80, 16
+M0, M1 = 64, 16  # chunks of text keys
+MAX_D, MAX_M, MAX_K = 160, M0 + M1, 16
 
 BLOCK_N = 64  # pixels of a program, on 4 warps: 16 rows of a tensor-core tile each
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}  # of the compiler; there is no loop to stage
@@ -215,7 +216,7 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int], 
     maps = q.new_empty(len(rows), h, K, n, dtype=torch.float32)
     tensors = q, k, v, dk, slots(tuple(rows), b, q.device), out, maps
     strides = {"STRIDE_" + name: x.stride()[-3:-1] for name, x in (("Q", q), ("K", k), ("V", v), ("DK", dk))}
-    sizes = {"H": h, "M": m, "D": d, "K": K, "M0": 64, "M1": 16, "K_PAD": 8 if K <= 8 else 16, "BLOCK_N": block_n}
+    sizes = {"H": h, "M": m, "D": d, "K": K, "M0": M0, "M1": M1, "K_PAD": 8 if K <= 8 else 16, "BLOCK_N": block_n}
     sizes["D0"], sizes["D1"] = chunks(d)
     return (*tensors, n, q.stride(0), k.stride(0), v.stride(0)), strides | sizes | OPTIONS
 

@@ -130,7 +130,7 @@ def maps_share(case: parity.Case, rounds: int) -> tuple[float, float]:
         spent[-1] += time.perf_counter() - start
         return out, maps
 
-    probe.with_maps = timed
+    probe.attention = timed
     x, t, context = parity.inputs(case, 2, *case.sizes[0][1:])
     steps = []
     for _ in range(rounds + 1):

@@ -1,5 +1,7 @@
 """What is said of a picture, and how maps and sheets look."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +10,7 @@ from dag.config import DAGConfig, Scaling
 from dag.drawing import Drawing, sheet
 from dag.pictures import from_pil, overlay, strip, to_pil
 
-CFG = DAGConfig(warmup=2, scaling=Scaling(min_area=0.0))
+CFG = DAGConfig(warmup=2, memory=0.0, scaling=Scaling(min_area=0.0))
 
 
 def drawing(*maps: torch.Tensor, guided=None) -> Drawing:
@@ -40,6 +42,16 @@ def test_findings(name):
     found = drawing(*maps, guided=guided).findings(CFG)
     assert (found["detected"], found["steps_guided"], found["not_guided_reason"]) == (detected, steps, reason)
     assert found["map_max"] == (None if map_max is None else pytest.approx(map_max))
+
+
+def test_what_is_remembered_from_the_warm_up_is_told():
+    """Guidance acts on it, so the report must say why."""
+    remembering = replace(CFG, memory=0.97)
+    told = drawing(NOTHING, spot(), NOTHING, guided=[False, False, True])
+    found = told.findings(remembering)
+    assert found["detected"] and found["steps_guided"] == 1 and found["map_max"] == 0
+    assert "found a red circle at the top right (11%), guided on 1 of 3 steps" in told.words(remembering)
+    assert told.shown_map(remembering).max() == pytest.approx(0.97 * 0.9)
 
 
 def test_words():

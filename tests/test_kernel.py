@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import sample
-from dag.attention import cross_attention_with_maps, with_maps
+from dag.attention import cross_attention_with_maps, implementation
 from kernels import cross_attention as kernel
 from kernels.bench import errors, inputs
 from tests import kernel_interpreted
@@ -78,11 +78,12 @@ def test_operator():
 
 def test_rule(monkeypatch):
     half = torch.float16
-    assert with_maps("auto", CPU, torch.float32) is with_maps("plain", CUDA, half) is cross_attention_with_maps
+    for choice in ("auto", "plain"):  # auto is plain until the compiled kernel has run once
+        for device in (CPU, CUDA):
+            assert implementation(choice, device, half) is cross_attention_with_maps
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert with_maps("auto", CUDA, half) is cross_attention_with_maps  # until the compiled kernel has run once
-    assert with_maps("fused", CUDA, half, K=16, d=160) is kernel.cross_attention_with_maps
+    assert implementation("fused", CUDA, half, K=16, d=160) is kernel.cross_attention_with_maps
     refused = {
         (torch.float32, 1, 40): "the queries are float32",
         (half, 17, 40): "17 concept",
@@ -90,12 +91,12 @@ def test_rule(monkeypatch):
     }
     for (dtype, K, d), words in refused.items():
         with pytest.raises(ValueError, match=words):
-            with_maps("fused", CUDA, dtype, K, d)
+            implementation("fused", CUDA, dtype, K, d)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match="a card is no NVIDIA GPU of compute capability 8.0"):
-        with_maps("fused", CUDA, half)
+        implementation("fused", CUDA, half)
     with pytest.raises(ValueError, match="attention is 'flash', expected auto, plain, fused"):
-        with_maps("flash", CPU, half)
+        implementation("flash", CPU, half)
 
 
 def test_fused_on_the_cpu_is_one_line(tmp_path, capsys):
@@ -112,7 +113,7 @@ def test_fused_without_triton_is_one_line(tmp_path):
     script = f"import sys; sys.modules['triton'] = None; import sample; sys.exit(sample.main({argv}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and "the fused kernel cannot run: triton cannot be imported" in line
+    assert done.returncode == 2 and "the fused kernel cannot run: kernels/cross_attention.py cannot be imported" in line
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the compiled kernel is not run")

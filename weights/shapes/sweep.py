@@ -1,6 +1,6 @@
 """How the miniature's constants were chosen: one lever at a time around SHAPES.dag, on prompts kept for tuning.
 
-`python -m weights.shapes.sweep` prints the table of docs/constants.md; a row is SHAPES.dag with what it names changed.
+`python -m weights.shapes.sweep` prints rows like those of docs/constants.md: SHAPES.dag with what a row names changed.
 """
 
 import argparse
