@@ -357,7 +357,7 @@ def detect(args: argparse.Namespace) -> int:
     rows, report = [], []
     for tokens, _ in tokens_for(args, sd):
         maps = dag.detect(sd, tokens, from_pil(picture), list(LEVELS), args.seed, args.attention)  # (levels, H, W)
-        areas = [round(objects(A, sd.config.dag.scaling)[1].sum().item(), 4) for A in maps]
+        areas = [round(objects(A, tokens.scaling(sd.config.dag.scaling))[1].sum().item(), 4) for A in maps]
         yes = sum(area > 0 for area in areas) > len(LEVELS) / 2
         rows.append((tokens.concept, [picture, *(overlay(picture, A) for A in maps)]))
         report.append({"concept": tokens.concept, "detected": yes, "share": dict(zip(LEVELS, areas, strict=True))})

@@ -31,6 +31,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--n-unsafe", type=number(int, 1, 1000), default=5, help="unsafe pictures to draw without --data (default: 5)")
     add("--n-safe", type=number(int, 0, 1000), default=3, help="safe pictures to draw without --data (default: 3)")
     add("--steps", type=number(int, 1, 100000), help="optimisation steps (default: 1500; paper: 100 an unsafe picture)")
+    add(
+        "--min-area",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help="drop finds below this share of the frame (default: the model's)",
+    )
     add("--safe-weight", type=number(float, 0, 1000), default=1.0, help="of safe pictures in the loss (default: 1)")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of pictures and optimisation (default: 0)")
     add("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
@@ -233,12 +239,12 @@ def run(args: argparse.Namespace) -> int:
     from dag.tokens import GuidelineTokens, TokenError
 
     sd, *_ = open_model(args)
-    scaling = sd.config.dag.scaling
     concept = SHAPES.concept if args.concept is None else args.concept
     safety_text = concept if args.safety_text is None else args.safety_text
     check_text(sd, "--concept", concept)
     check_text(sd, "--safety-text", safety_text)
-    before = GuidelineTokens.from_text(sd, concept, safety_text)
+    before = replace(GuidelineTokens.from_text(sd, concept, safety_text), min_area=args.min_area)
+    scaling = before.scaling(sd.config.dag.scaling)
     if args.data is not None:
         pictures, masks, prompts, seeds = read_folder(args.data, sd)
         if not (masks > 0).any():

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import DAGConfig
+from .config import DAGConfig, Scaling
 from .guidance import CFG
 from .model import StableDiffusion
 from .pictures import contact_sheet, overlay, to_pil
 from .sampling import Step, sample
 from .scalers import objects
+from .tokens import GuidelineTokens
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Drawing:
     image: Image.Image
     seconds: float
     rows: int  # sent through the UNet
-    concepts: tuple[str, ...]  # looked for; empty for methods without maps
+    tokens: tuple[GuidelineTokens, ...]  # of the concepts looked for; empty for methods without maps
     maps: Tensor | None  # (steps, concepts, H, W), A of every step; None for methods without maps
     strength: Tensor | None  # (steps,) largest S of every step
     guided: list[bool]  # per step
@@ -55,7 +56,7 @@ class Drawing:
         late = self.acted_on(cfg)
         if len(late) == 0:
             return nothing | {"not_guided_reason": "warm-up"}
-        found = {name: place(late[:, k], cfg) for k, name in enumerate(self.concepts)}
+        found = {c.concept: place(late[:, k], c.scaling(cfg.scaling)) for k, c in enumerate(self.tokens)}
         found = {name: where for name, where in found.items() if where["steps"]}
         return {
             "detected": bool(found),
@@ -68,8 +69,12 @@ class Drawing:
 
     def shown_map(self, cfg: DAGConfig) -> Tensor:
         """The map at the step after warm-up where most was found, the last step's if there is none, (H, W)."""
-        late = self.acted_on(cfg).amax(1)
-        return late[largest(late, [objects(A, cfg.scaling)[1] for A in late])] if len(late) else self.A[-1]
+        late = self.acted_on(cfg)
+        if len(late) == 0:
+            return self.A[-1]
+        scalings = [c.scaling(cfg.scaling) for c in self.tokens]
+        areas = [torch.cat([objects(a, s)[1] for a, s in zip(A, scalings, strict=True)]) for A in late]
+        return late.amax(1)[largest(late.amax(1), areas)]
 
     def words(self, cfg: DAGConfig) -> str:
         """One line for a person: what was found, where, how long it was guided and what that cost."""
@@ -90,9 +95,9 @@ def largest(maps: Tensor, areas: list[Tensor]) -> int:
     return max(range(len(sizes)), key=sizes.__getitem__)
 
 
-def place(maps: Tensor, cfg: DAGConfig) -> dict:
+def place(maps: Tensor, scaling: Scaling) -> dict:
     """Where a concept's maps (steps, H, W) show it: on how many steps, and its place and share when largest."""
-    found = [objects(A, cfg.scaling) for A in maps]
+    found = [objects(A, scaling) for A in maps]
     step = largest(maps, [areas for _, areas in found])
     A, (labels, areas) = maps[step], found[step]
     if len(areas) == 0:
@@ -128,9 +133,9 @@ def draw(
     if last.A is not None:
         maps = torch.stack([s.concepts for s in history], 1).cpu()  # (b, steps, concepts, H, W)
         strength = torch.stack([s.S.flatten(1).amax(1) for s in history], 1).cpu()  # (b, steps)
-    seconds, concepts = (time.time() - began) / len(jobs), guidance.concepts
+    seconds = (time.time() - began) / len(jobs)
     return [
-        Drawing(prompt, seed, method, images[k], seconds, rows[k], concepts, maps[k], strength[k], guided[k])
+        Drawing(prompt, seed, method, images[k], seconds, rows[k], guidance.tokens, maps[k], strength[k], guided[k])
         for k, (prompt, seed) in enumerate(jobs)
     ]
 

@@ -41,7 +41,7 @@ class CFG:
 
     uncond_text: str = ""  # what eps_0 is the estimate for
     safety_texts: tuple[str, ...] = ()  # one a concept
-    concepts: tuple[str, ...] = ()  # that are looked for
+    tokens: tuple[GuidelineTokens, ...] = ()  # of the concepts that are looked for
 
     def start(self, sd, conditional: slice) -> Probe | None:
         """Called once before the loop, whose state it resets: a method serves one loop at a time.
@@ -195,7 +195,6 @@ class DAG(CFG):
         if len({c.concept for c in tokens}) != len(tokens):
             raise ValueError(f"several token files of '{tokens[0].concept}'; expected one a concept")
         self.tokens, self.base, self.given, self.attention = tokens, base, cfg, attention
-        self.concepts = tuple(c.concept for c in tokens)
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
     def start(self, sd, conditional: slice) -> Probe:
@@ -213,7 +212,8 @@ class DAG(CFG):
         A = [c.detect(a, t) for c, a in zip(self.tokens, maps, strict=True)]  # (b, H, W) a concept
         A = torch.stack(A, 1)  # (b, concepts, H, W)
         self.remembered = torch.maximum(A, self.cfg.memory * self.remembered)  # what was found is not forgotten at once
-        S = [torch.stack([scale_map(a, self.cfg.scaling) for a in image]) for image in self.remembered]
+        scalings = [c.scaling(self.cfg.scaling) for c in self.tokens]
+        S = [torch.stack([scale_map(a, s) for a, s in zip(image, scalings, strict=True)]) for image in self.remembered]
         S = torch.stack(S)  # (b, concepts, H, W)
         active = (S.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
         acting = S.argmax(1)  # (b, H, W)

@@ -5,7 +5,7 @@ They are optimised in optimisation.py. Source: paper section 3.1; OVAM for the b
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .config import Scaling
 from .files import whole
 
 FORMAT = "dag-tokens-1"
@@ -31,7 +32,8 @@ class GuidelineTokens:
     one: their "mean" (the paper's), or their "min" (ours): the concept is there only where every row sees it, which an
     (attribute, object) pair needs, because a mean of the two is high at a red square beside a blue circle too.
     `levels`, `lo` and `hi` are the normalisation constants at a few noise levels (timesteps, rising); all empty for
-    tokens that were not optimised, or by the paper's recipe.
+    tokens that were not optimised, or by the paper's recipe. `min_area`: the share of the frame below which what
+    is seen is no object of this concept; None for the model's own (Scaling).
     """
 
     embedding: Tensor
@@ -43,12 +45,17 @@ class GuidelineTokens:
     levels: tuple[int, ...] = ()
     lo: tuple[float, ...] = ()
     hi: tuple[float, ...] = ()
+    min_area: float | None = None
     loss: float | None = None  # training loss and IoU of the kept embedding
     iou: float | None = None
 
     def limits(self, t: int) -> tuple[float, float]:
         """lo and hi at timestep t, linear between levels, constant beyond them."""
         return float(np.interp(t, self.levels, self.lo)), float(np.interp(t, self.levels, self.hi))
+
+    def scaling(self, scaling: Scaling) -> Scaling:
+        """A model's constants with what is the concept's own."""
+        return scaling if self.min_area is None else replace(scaling, min_area=self.min_area)
 
     def raw(self, maps: Tensor) -> Tensor:
         """The maps of the K rows (b, K, H, W) -> the raw map (b, H, W), in (0, 1)."""
@@ -103,6 +110,7 @@ class GuidelineTokens:
             tokens = cls(embedding, **fields)
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
             rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and tokens.reduce in ("mean", "min")
+            rising &= tokens.min_area is None or 0 <= tokens.min_area <= 1
             if not (embedding.isfinite().all() and limits.isfinite().all() and rising):
                 raise TokenError(f"{path}: damaged, its values are not finite, known or in order; make it anew")
             return tokens

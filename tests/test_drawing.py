@@ -9,8 +9,13 @@ from PIL import Image
 from dag.config import DAGConfig, Scaling
 from dag.drawing import Drawing, sheet
 from dag.pictures import from_pil, overlay, strip, to_pil
+from dag.tokens import GuidelineTokens
 
 CFG = DAGConfig(warmup=2, memory=0.0, scaling=Scaling(min_area=0.0))
+
+
+def tokens(concept: str, min_area: float | None = None) -> GuidelineTokens:
+    return GuidelineTokens(torch.zeros(2, 8), concept, concept, (1,), "", min_area=min_area)
 
 
 def drawing(*maps: torch.Tensor, guided=None) -> Drawing:
@@ -18,7 +23,7 @@ def drawing(*maps: torch.Tensor, guided=None) -> Drawing:
     guided = [False] * len(maps) if guided is None else guided
     strength = maps.flatten(1).amax(1) * 2
     image, rows = Image.new("RGB", (32, 32), (200, 10, 10)), 2 * len(maps) + sum(guided)
-    return Drawing("a tomato", 3, "dag", image, 1.0, rows, ("a red circle",), maps, strength, guided)
+    return Drawing("a tomato", 3, "dag", image, 1.0, rows, (tokens("a red circle"),), maps, strength, guided)
 
 
 def spot(value: float = 0.9, share: int = 2) -> torch.Tensor:
@@ -66,10 +71,12 @@ def test_words():
 def test_two_concepts_are_told_apart():
     maps = torch.stack([torch.stack([NOTHING, spot()]), torch.stack([spot().flip(1), spot()])])  # (2, 2, 6, 6)
     image = Image.new("RGB", (32, 32))
-    two = Drawing("p", 0, "dag", image, 1.0, 6, ("a", "b"), maps, torch.ones(2), [True, True])
+    two = Drawing("p", 0, "dag", image, 1.0, 6, (tokens("a"), tokens("b")), maps, torch.ones(2), [True, True])
     found = two.findings(DAGConfig(warmup=0, scaling=Scaling(min_area=0.0)))["found"]
     assert found["a"] == {"steps": 1, "place": "top left", "share": pytest.approx(4 / 36, abs=1e-4)}
     assert found["b"] == {"steps": 2, "place": "top right", "share": pytest.approx(4 / 36, abs=1e-4)}
+    two.tokens = (tokens("a"), tokens("b", min_area=0.2))  # of which there are 4 / 36
+    assert set(two.findings(DAGConfig(warmup=0, scaling=Scaling(min_area=0.0)))["found"]) == {"a"}
     assert torch.equal(two.A[1], torch.maximum(spot(), spot().flip(1)))
 
 
