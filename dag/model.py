@@ -131,8 +131,9 @@ def locate(expected: Iterable[str], file: Checkpoint) -> dict[str, str]:
     averaged = {name: EMA + name.removeprefix(UNET).replace(".", "") for name in expected if name.startswith(UNET)}
     if not any(name in file.entries for name in averaged.values()):
         averaged = {}
-    old = not any(name.startswith(TEXT) for name in file.entries)
-    return {name: averaged.get(name) or (name.replace(TEXT, OLD_TEXT) if old else name) for name in expected}
+    older = {name: name.replace(TEXT, OLD_TEXT) for name in expected if name not in file.entries}
+    older = {name: old for name, old in older.items() if old in file.entries}
+    return {name: averaged.get(name) or older.get(name, name) for name in expected}
 
 
 def check(where: dict[str, str], expected: dict[str, Tensor], file: Checkpoint, config: Config) -> list[str]:
@@ -141,8 +142,12 @@ def check(where: dict[str, str], expected: dict[str, Tensor], file: Checkpoint, 
     where: our name -> the file's; expected: our name -> a tensor of the right shape. Raises CheckpointError.
     """
     used, entries = set(where.values()), file.entries
-    # Whether the rest is of known origin; a name in `expected` is the UNet that was trained, beside its average.
-    rest = {name: name.startswith(IGNORED) or name in expected for name in entries if name not in used}
+    # Whether the rest is of known origin: a UNet that was trained, beside its average; text under old and new names.
+    rest = {
+        name: name.startswith(IGNORED) or name in expected or name.replace(OLD_TEXT, TEXT) in expected
+        for name in entries
+        if name not in used
+    }
     faults = {
         "missing": [name for name in where.values() if name not in entries],
         "unexpected": [name for name, known_origin in rest.items() if not known_origin],

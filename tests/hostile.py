@@ -66,6 +66,17 @@ def tuples_in_tuples(depth: int) -> bytes:
     return b"\x80\x02})" + b"q\x00h\x00\x86" * depth + b"K\x00s."
 
 
+def doubling(depth: int) -> bytes:
+    """A tuple of 2**depth parts."""
+    return b")" + b"q\x00h\x00\x86" * depth
+
+
+def colliding(count: int) -> bytes:
+    """A dictionary of integers that Python hashes to 0, all compared with all."""
+    keys = (k * ((1 << 61) - 1) for k in range(1, count + 1))
+    return b"\x80\x02}(" + b"".join(b"\x8a\x0a" + k.to_bytes(10, "little") + b"N" for k in keys) + b"u."
+
+
 # --- zips
 
 
@@ -281,6 +292,19 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "extension registry": (program(b"\x80\x02\x82\x01."), "its pickle is no table of tensors"),
     "name with a line break": (program(b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93."), "calls 'a\\nb.c'"),
     "key that takes forever to hash": (program(tuples_in_tuples(60)), "its pickle is no table of tensors"),
+    "storage class that takes forever to hash": (
+        program(b"\x80\x02(X\x07\0\0\0storage" + doubling(60) + b"X\x01\0\0\0" + b"0X\x03\0\0\0cpuK\x01tQ."),
+        "its pickle is no table of tensors",
+    ),
+    "storage key nested deeper than C's stack": (
+        program(b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n)" + b"\x85" * 400_000 + b"X\x03\0\0\0cpuK\x01tQ."),
+        "its pickle is no table of tensors",
+    ),
+    "name that takes forever to write out": (
+        program(b"\x80\x04" + doubling(40) + b"\x8c\x01a\x93."),
+        "its pickle is no table of tensors",
+    ),
+    "keys that all have one hash": (program(colliding(100_000)), "its pickle is no table of tensors"),
     "no end": (program(b"\x80\x02}"), "its pickle is no table of tensors"),
     "unknown instruction": (program(b"\x80\x02}\xfe."), "its pickle is no table of tensors"),
     "string longer than the file": (program(b"\x80\x02X\xff\xff\xff\x7fa."), "its pickle is no table of tensors"),
@@ -306,6 +330,8 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative stride": (tensor(stride=(-1,)), "its pickle is no table of tensors"),
     "negative shape": (tensor(shape=(-4,)), "its pickle is no table of tensors"),
     "shape of text": (tensor(shape=("4",)), "its pickle is no table of tensors"),
+    "shape that is a dictionary": (tensor(shape={4: None}), "its pickle is no table of tensors"),
+    "stride that is a list": (tensor(stride=[1]), "its pickle is no table of tensors"),
     "more strides than sides": (tensor(stride=(1, 1)), "its pickle is no table of tensors"),
     "storage longer than its entry": (tensor(numel=17), "its pickle is no table of tensors"),
     "storage of 2**60 elements": (tensor(numel=1 << 60), "its pickle is no table of tensors"),
@@ -367,6 +393,11 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "half a side": (one(shape=(1.5, 4)), "damaged .safetensors header at 'a'"),
     "side that is true": (one(shape=(True, 16)), "damaged .safetensors header at 'a'"),
     "a thousand sides": (one(shape=(1,) * 1000, offsets=(0, 4)), "damaged .safetensors header at 'a'"),
+    "type that is a list": (one(dtype=[]), "'a' is of type '[]'; expected F64, F32"),
+    "name with escapes, of 5 MB": (
+        lambda p: zipfile.ZipFile(p, "w").writestr("\n\x1b[31m/data.pkl", bytes(5_000_000)),
+        "expected at most 4194304",
+    ),
     "unknown type": (one(dtype="F4"), "'a' is of type 'F4'; expected F64, F32"),
     "overlapping tensors": (two((0, 32), (16, 48)), "'b' overlaps 'a'"),
     "offsets out of the file": (two((0, 32), (64, 96)), "truncated"),

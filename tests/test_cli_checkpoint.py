@@ -37,7 +37,7 @@ def test_debug_lists_what_was_ignored(ckpt, tmp_path, capsys):
 def test_verify(ckpt, tmp_path, capsys, monkeypatch):
     assert drawn(ckpt, tmp_path / "a", "--verify") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "not a published file: sha256 " in line and "leave out --verify" in line
+    assert "not a published file known here: sha256 " in line and "leave out --verify" in line
     assert not list((tmp_path / "a").glob("*.png"))
     monkeypatch.setattr(known, "PUBLISHED", (("real.ckpt", 1, checkpoint.sha256(ckpt)),))
     assert drawn(ckpt, tmp_path / "b", "--verify") == 0

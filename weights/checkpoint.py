@@ -14,6 +14,7 @@ import os
 import struct
 import zipfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,7 +63,10 @@ class Checkpoint:
 
     def __post_init__(self):
         self._file = open(self.path, "rb", buffering=0)
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes never reach the file
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes never reach the file
 
     def tensor(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, in a dtype (None: the file's) and on a device.
@@ -90,16 +94,16 @@ def read(path: str | Path) -> Checkpoint:
     Raises CheckpointError.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file; expected a .ckpt or .safetensors checkpoint of Stable Diffusion 1.x"
-        )
-    if path.is_dir():
-        kind = "a diffusers-format folder" if (path / "model_index.json").exists() else "a folder"
-        raise CheckpointError(f"{path}: is {kind}; expected one .ckpt or .safetensors file of the original layout")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is not a regular file; expected a .ckpt or .safetensors checkpoint")
     try:
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: no such file; expected a .ckpt or .safetensors checkpoint of Stable Diffusion 1.x"
+            )
+        if path.is_dir():
+            kind = "a diffusers-format folder" if (path / "model_index.json").exists() else "a folder"
+            raise CheckpointError(f"{path}: is {kind}; expected one .ckpt or .safetensors file of the original layout")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file; expected a .ckpt or .safetensors checkpoint")
         with open(path, "rb", buffering=0) as file:
             size, head = os.fstat(file.fileno()).st_size, file.read(32)
             if not head:
@@ -146,7 +150,9 @@ def _ckpt(path: Path, file) -> dict[str, Entry]:
     def content(name: str) -> bytes:
         begin, end = places[name]
         if end - begin > TABLE:
-            raise CheckpointError(f"{path}: {name} of {end - begin} bytes, expected at most {TABLE}; download it again")
+            raise CheckpointError(
+                f"{path}: {name[-80:]!r} of {end - begin} bytes, expected at most {TABLE}; download it again"
+            )
         file.seek(begin)
         return file.read(end - begin)
 
@@ -178,6 +184,10 @@ def _places(path: Path, file, archive: zipfile.ZipFile) -> dict[str, tuple[int, 
                 f"{path}: {info.filename[:80]!r} is compressed or encrypted; expected stored entries: unpack it, or "
                 "get a .safetensors copy"
             )
+        if not 0 <= info.header_offset < archive.start_dir:
+            raise CheckpointError(
+                f"{path}: damaged .ckpt, {info.filename[:80]!r} is outside of the file; download it again"
+            )
         file.seek(info.header_offset)
         head = file.read(30)  # local header: signature, ..., lengths of the name and of the extra field
         length, extra = struct.unpack("<HH", head[26:30])
@@ -196,7 +206,7 @@ def _places(path: Path, file, archive: zipfile.ZipFile) -> dict[str, tuple[int, 
 
 
 def _safetensors(path: Path, file, size: int, length: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The table at the head of a .safetensors: 8 bytes of length, JSON, and behind it the tensors without a gap."""
+    """The table at the head of a .safetensors: 8 bytes of length, JSON, and behind it the tensors."""
     if length + 8 > size:
         raise CheckpointError(f"{path}: truncated, {size} bytes end inside the header; download it again")
     if length > TABLE:
@@ -230,7 +240,7 @@ def _once(pairs: list[tuple]) -> dict:
 def _entry(path: Path, name: str, info, start: int) -> tuple[Entry, tuple[int, int]]:
     """One line of the JSON table, and from where to where its bytes lie in the file."""
     try:
-        dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        dtype, shape, (begin, end) = str(info["dtype"]), tuple(info["shape"]), info["data_offsets"]
         numbers = [*shape, begin, end]
         if len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise ValueError
