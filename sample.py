@@ -245,7 +245,7 @@ def judge():
 
     def read(image) -> str:
         (seen,) = judge.read(from_pil(image))
-        return "reads: " + (", ".join(f"{colour} {shape}" for colour, shape in seen) or "nothing")
+        return ", ".join(f"{colour} {shape}" for colour, shape in seen) or "nothing"
 
     return read
 

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         if group.__name__ in args.only:
             torch.manual_seed(0)
             for row in group(case):
-                print(f"| {row.what} | {row.error:.1e} | {row.limit:.0e} |", flush=True)
+                print(f"| {row.what} | {row.error:.2g} | {row.limit:g} |", flush=True)
                 worst = max(worst, row.error / row.limit)
     return int(not worst <= 1)
 
