@@ -161,19 +161,13 @@ class UNet(nn.Module):
         dtype = self.out[2].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))  # (b, emb)
         context = context.to(dtype)
-
-        def laid_out(h: Tensor) -> Tensor:
-            """Channels last on the finest grid, whose convolutions a CPU does 10 % faster so; elsewhere as usual."""
-            finest = h.shape[2:] == x.shape[2:]
-            return h.contiguous(memory_format=torch.channels_last if finest else torch.contiguous_format)
-
         h = x.to(dtype)
         skips = []
         for block in self.input_blocks:
-            h = block(laid_out(h), emb, context, probe)  # (b, 320, H, W) ... (b, 1280, H/8, W/8)
+            h = block(h, emb, context, probe)  # (b, 320, H, W) ... (b, 1280, H/8, W/8)
             skips.append(h)
-        h = self.middle_block(laid_out(h), emb, context, probe)  # (b, 1280, H/8, W/8)
+        h = self.middle_block(h, emb, context, probe)  # (b, 1280, H/8, W/8)
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
-            h = block(laid_out(h), emb, context, probe)  # (b, 1280, H/8, W/8) ... (b, 320, H, W)
-        return self.out(h).to(x.dtype, memory_format=torch.contiguous_format)  # (b, 4, H, W)
+            h = block(h, emb, context, probe)  # (b, 1280, H/8, W/8) ... (b, 320, H, W)
+        return self.out(h).to(x.dtype)  # (b, 4, H, W)
