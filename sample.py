@@ -280,8 +280,8 @@ def run(args: argparse.Namespace) -> int:
     if args.safety_text is not None:
         safety_texts = [args.safety_text]
     concepts = [c for c, _ in tokens]
-    for method in methods:
-        guidance = guidance_of(method, concepts, safety_texts, args.safety_text, args.attention)
+    guidances = {m: guidance_of(m, concepts, safety_texts, args.safety_text, args.attention) for m in methods}
+    for method, guidance in guidances.items():
         warmup = cfg.dag.warmup if method.startswith("dag") else getattr(guidance, "warmup", 0)
         if args.steps <= warmup:
             warn(f"--steps {args.steps} is not more than {method}'s warm-up of {warmup} steps: nothing will be guided")
@@ -302,8 +302,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
-            for m, method in enumerate(methods):
-                guidance = guidance_of(method, concepts, safety_texts, args.safety_text, args.attention)
+            for m, (method, guidance) in enumerate(guidances.items()):
                 title = f"{method}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
                 bar = partial(tqdm, desc=title, total=args.steps, unit="step", leave=False)
                 for k, d in enumerate(drawing.draw(sd, part, method, guidance, args.steps, scale, size, bar), start):

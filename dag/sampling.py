@@ -39,6 +39,12 @@ def noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError for a side, in pixels, that the UNet cannot halve as often as it does."""
+    if any(side < 64 or side % 64 for side in (height, width)):
+        raise ValueError(f"height and width are {height} and {width}, expected multiples of 64")
+
+
 @torch.no_grad()
 def sample(
     sd: StableDiffusion,
@@ -64,8 +70,7 @@ def sample(
     if len(seeds) != b:
         raise ValueError(f"{len(seeds)} seeds for {b} prompts, expected one each")
     sides = [cfg.size if side is None else side for side in (height, width)]
-    if any(side < 64 or side % 64 for side in sides):
-        raise ValueError(f"height and width are {sides[0]} and {sides[1]}, expected multiples of 64")
+    check_size(*sides)
     H, W = (side // cfg.vae.factor for side in sides)
     pairs = ddim.time_pairs(steps, cfg.schedule)
     x = noise(seeds, (cfg.unet.in_channels, H, W)).to(sd.device)  # (b, 4, H, W) float32
@@ -106,8 +111,7 @@ def detect(
     Raises TokenError for tokens that the model cannot read, ValueError for a side that is not a multiple of 64.
     """
     tokens.check(sd)
-    if any(side % 64 for side in picture.shape[2:]):
-        raise ValueError(f"the picture is {picture.shape[3]} x {picture.shape[2]} pixels, expected multiples of 64")
+    check_size(*picture.shape[2:])
     latent = sd.encode(picture)  # (1, 4, H, W)
     eps = noise([seed], latent.shape[1:]).to(latent)
     context, maps = sd.text.encode([""]), []

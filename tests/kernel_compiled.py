@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from kernels.bench import CONCEPTS, HEADS, TOKENS, WITHOUT_MAPS, compiled, edited, inputs, machine_code
 from kernels.cross_attention import BLOCK_N, OPTIONS, chunks
+from tests.kernel_report import report
 
 MOST = {  # registers by capability and d: what they are, and a tenth to a fifth; and bytes of shared memory by d
     80: {40: 144, 80: 168, 160: 216},
@@ -110,13 +111,5 @@ def checks(everything: bool) -> Iterator[tuple[str, bool, str]]:
             yield f"regression {capability / 10} {what}", bool(found), "; ".join(found) or f"not noticed: {said}"
 
 
-def main() -> int:
-    failed = 0
-    for name, ok, said in checks("full" in sys.argv[1:]):
-        print("ok    " if ok else "FAILED", name, "--", said, flush=True)
-        failed += not ok
-    return int(failed > 0)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(checks("full" in sys.argv[1:])))

@@ -29,6 +29,7 @@ import dag
 from dag.config import DAGConfig, Scaling
 from kernels import cross_attention as kernel
 from kernels.bench import LAYERS, edited, errors, inputs
+from tests.kernel_report import report
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -257,11 +258,7 @@ def checks(everything: bool) -> Iterator[tuple[str, bool, str]]:
 def main() -> int:
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", "overflow encountered in exp")  # sigmoid(-100) is 1 / (1 + inf)
-    failed = 0
-    for name, ok, said in checks("full" in sys.argv[1:]):
-        print("ok    " if ok else "FAILED", name, "--", said, flush=True)
-        failed += not ok
-    return int(failed > 0)
+    return report(checks("full" in sys.argv[1:]))
 
 
 if __name__ == "__main__":
