@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -201,21 +202,6 @@ def check_attention(choice: str, sd) -> None:
         raise UsageError(f"--attention {choice}: {e}") from e
 
 
-def guidance_of(name: str, tokens, safety_texts: list[str], safety_text: str | None, attention: str):
-    """The method of a column, one of METHODS."""
-    import dag
-
-    if name == "none":
-        return dag.CFG()
-    if name.startswith("dag"):
-        base = "sld" if name == "dag-sld" else "sega"
-        return dag.DAG(*tokens, safety_text=safety_text, base=base, attention=attention)
-    if name == "sega":
-        return dag.SEGA(*safety_texts, scale=10.0)  # as the paper runs it; its authors' default is 5
-    everything = ", ".join(safety_texts)  # the others know one concept
-    return dag.Negative(everything) if name == "negative" else dag.SLD.preset(name.removeprefix("sld-"), everything)
-
-
 def tokens_for(args: argparse.Namespace, sd):
     """(tokens, their file) a concept: the files given, or the miniature's own, or the plain text's with a warning."""
     import dag
@@ -257,6 +243,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from dag import drawing, pictures
+    from dag.guidance import named
 
     sd, device, dtype = open_model(args)
     check_attention(args.attention, sd)
@@ -274,13 +261,15 @@ def run(args: argparse.Namespace) -> int:
     for prompt in prompts:
         check_text(sd, "prompt", prompt)
     if args.safety_text is not None:
+        if not args.safety_text.strip():
+            raise UsageError("--safety-text is empty: there is nothing to push away from; leave it out")
         check_text(sd, "--safety-text", args.safety_text)
     tokens = tokens_for(args, sd) if args.tokens or any(m.startswith("dag") for m in methods) else []
-    safety_texts = [c.safety_text for c, _ in tokens] or [cfg.safety_text]
-    if args.safety_text is not None:
-        safety_texts = [args.safety_text]
     concepts = [c for c, _ in tokens]
-    guidances = {m: guidance_of(m, concepts, safety_texts, args.safety_text, args.attention) for m in methods}
+    if args.safety_text is not None:
+        concepts = [replace(c, safety_text=args.safety_text) for c in concepts]
+    safety_texts = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
+    guidances = {m: named(m, safety_texts, concepts, args.attention) for m in methods}
     for method, guidance in guidances.items():
         warmup = cfg.dag.warmup if method.startswith("dag") else getattr(guidance, "warmup", 0)
         if args.steps <= warmup:
@@ -336,33 +325,47 @@ LEVELS = (101, 301, 501)  # timesteps at which --detect looks
 
 def detect(args: argparse.Namespace) -> int:
     """What the tokens see in a picture: maps over it, a report, and a yes or no a concept."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     import dag
+    from dag.drawing import place
     from dag.pictures import contact_sheet, from_pil, overlay, save_png
     from dag.scalers import objects
 
+    for_drawing = "prompt", "prompts", "guidance", "safety_text", "save_maps", "scale", "batch_size"
+    if useless := [f"--{name.replace('_', '-')}" for name in for_drawing if getattr(args, name) not in (None, False)]:
+        raise UsageError(f"--detect draws nothing: leave out {', '.join(useless)}")
     writable(args.out)
     try:
-        picture = Image.open(args.detect).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(args.detect)).convert("RGB")  # as a viewer shows it
+    except FileNotFoundError as e:
+        raise ValueError(f"{args.detect}: no such file; expected a picture, PNG or JPEG") from e
     except (UnidentifiedImageError, OSError) as e:
         raise ValueError(f"{args.detect}: not a readable picture; expected a PNG or JPEG file") from e
-    sd, *_ = open_model(args)
+    sd, device, dtype = open_model(args)
     check_attention(args.attention, sd)
-    size = args.width or sd.config.size, args.height or sd.config.size
+    shape = (picture.width / picture.height) ** 0.5  # the area of the model's own size, the sides' ratio of the picture
+    near = [max(64, round(sd.config.size * factor / 64) * 64) for factor in (shape, 1 / shape)]
+    size = args.width or near[0], args.height or near[1]
     if picture.size != size:
         warn(f"{args.detect}: is {picture.width} x {picture.height} pixels, looked at as {size[0]} x {size[1]}")
         picture = picture.resize(size, Image.Resampling.LANCZOS)
-    rows, report = [], []
-    for tokens, _ in tokens_for(args, sd):
+    rows, concepts = [], []
+    for tokens, file in tokens_for(args, sd):
         maps = dag.detect(sd, tokens, from_pil(picture), list(LEVELS), args.seed, args.attention)  # (levels, H, W)
-        areas = [round(objects(A, tokens.scaling(sd.config.dag.scaling))[1].sum().item(), 4) for A in maps]
-        yes = sum(area > 0 for area in areas) > len(LEVELS) / 2
-        rows.append((tokens.concept, [picture, *(overlay(picture, A) for A in maps)]))
-        report.append({"concept": tokens.concept, "detected": yes, "share": dict(zip(LEVELS, areas, strict=True))})
-        print(f"{tokens.concept}: {'yes' if yes else 'no'}, share of the frame at t {LEVELS}: {areas}")
+        scaling = tokens.scaling(sd.config.dag.scaling)
+        shares = [round(objects(A, scaling)[1].sum().item(), 4) for A in maps]
+        seen = place(maps, scaling)
+        yes = seen["steps"] > len(LEVELS) / 2
+        said = f"{tokens.concept}: {'yes, at the ' + seen['place'] if yes else 'no'}"
+        rows.append((said, [picture, *(overlay(picture, A) for A in maps)]))
+        entry = {"concept": tokens.concept, "file": None if file is None else str(file), "detected": yes}
+        concepts.append(entry | {"place": seen.get("place"), "share": dict(zip(LEVELS, shares, strict=True))})
+        print(f"{said}; share of the frame at t {LEVELS}: {shares}")
     save_png(contact_sheet(rows, ["picture", *(f"t {t}" for t in LEVELS)]), args.out / "detect.png")
-    write_text(args.out / "detect.json", json.dumps({"picture": str(args.detect), "concepts": report}, indent=1))
+    report = {"picture": str(args.detect), "model": str(args.ckpt or sd.config.name), "origin": sd.origin}
+    report |= {"width": size[0], "height": size[1], "seed": args.seed, "device": device, "dtype": dtype}
+    write_text(args.out / "detect.json", json.dumps(report | {"concepts": concepts}, indent=1, ensure_ascii=False))
     print(f"{args.out / 'detect.png'} and {args.out / 'detect.json'}")
     return 0
 

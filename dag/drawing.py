@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .config import DAGConfig, Scaling
-from .guidance import CFG
+from .guidance import CFG, remember
 from .model import StableDiffusion
 from .pictures import contact_sheet, overlay, to_pil
 from .sampling import Step, sample
@@ -37,23 +37,23 @@ class Drawing:
         """(steps, H, W): the largest of all concepts' maps."""
         return self.maps.amax(1)
 
-    def acted_on(self, cfg: DAGConfig) -> Tensor:
-        """The maps after warm-up with what was seen before them remembered, as DAG guides by them.
+    def telling(self, cfg: DAGConfig) -> Tensor:
+        """The maps after warm-up that say what happened, (steps - warm-up, concepts, H, W).
 
-        (steps - warm-up, concepts, H, W).
+        Those that were guided by, with what was seen before them remembered; the steps' own if nothing was guided.
         """
-        seen = [self.maps[0]]
-        for A in self.maps[1:]:
-            seen.append(torch.maximum(A, cfg.memory * seen[-1]))
-        return torch.stack(seen)[cfg.warmup :]
+        return (acted_on(self.maps, cfg) if any(self.guided) else self.maps)[cfg.warmup :]
 
     def findings(self, cfg: DAGConfig) -> dict:
-        """The report's account of detection: of all concepts together, and under `found` of each that was found."""
+        """The report's account of detection: of all concepts together, and under `found` of each that was found.
+
+        `detected` is None where nothing was looked for: by methods without maps, or in the warm-up alone.
+        """
         steps = sum(self.guided)
-        nothing = {"detected": False, "map_max": None, "steps_guided": steps, "scale_max": None, "found": {}}
+        nothing = {"detected": None, "map_max": None, "steps_guided": steps, "scale_max": None, "found": {}}
         if self.maps is None:
             return nothing | {"not_guided_reason": None}
-        late = self.acted_on(cfg)
+        late = self.telling(cfg)
         if len(late) == 0:
             return nothing | {"not_guided_reason": "warm-up"}
         found = {c.concept: place(late[:, k], c.scaling(cfg.scaling)) for k, c in enumerate(self.tokens)}
@@ -69,7 +69,7 @@ class Drawing:
 
     def shown_map(self, cfg: DAGConfig) -> Tensor:
         """The map at the step after warm-up where most was found, the last step's if there is none, (H, W)."""
-        late = self.acted_on(cfg)
+        late = self.telling(cfg)
         if len(late) == 0:
             return self.A[-1]
         scalings = [c.scaling(cfg.scaling) for c in self.tokens]
@@ -83,10 +83,19 @@ class Drawing:
         if said["steps_guided"] == 0:
             return what + f"{said['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
         found = [f"{name} at the {where['place']} ({where['share']:.0%})" for name, where in said["found"].items()]
+        found = " and ".join(found) or "no object"  # guidance without Algorithm 1 needs none
         return what + (
-            f"found {' and '.join(found)}, guided on {said['steps_guided']} of {len(self.guided)} steps, "
+            f"found {found}, guided on {said['steps_guided']} of {len(self.guided)} steps, "
             f"{self.rows} UNet rows instead of {2 * len(self.guided)}"
         )
+
+
+def acted_on(maps: Tensor, cfg: DAGConfig) -> Tensor:
+    """Maps A of every step (steps, ..., H, W) -> the maps DAG guides by at these steps, of the same shape."""
+    out = [torch.zeros(())]  # before the first step: nothing
+    for A in maps:
+        out.append(remember(A, out[-1], cfg))
+    return torch.stack(out[1:])
 
 
 def largest(maps: Tensor, areas: list[Tensor]) -> int:

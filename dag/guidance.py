@@ -33,7 +33,7 @@ class Estimate:
     eps: Tensor  # (b, 4, H, W)
     A: Tensor | None  # (b, concepts, H, W) in [0, 1], this step's own maps; None for methods without maps
     S: Tensor | None  # (b, H, W); may stem from an earlier step's map (DAGConfig.memory)
-    guided: Tensor  # (b,) bool: images for which a safety estimate was made and used
+    guided: Tensor  # (b,) bool: images that this step pushes away from a safety text
 
 
 class CFG:
@@ -53,7 +53,7 @@ class CFG:
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
         """Step i (from 0) at timestep t."""
         eps = eps_0 + s_g * (eps_p - eps_0)
-        return Estimate(eps, None, None, torch.zeros(len(eps), dtype=torch.bool))
+        return Estimate(eps, None, None, torch.full((len(eps),), self.uncond_text != ""))
 
 
 class Negative(CFG):
@@ -70,7 +70,7 @@ class SLD(CFG):
     mu  = min(1, scale |eps_p - eps_s|) where eps_p - eps_s < threshold, else 0
     nu <- beta nu + (1 - beta) g, during warm-up too; nu is kept per image
 
-    Raises ValueError for a negative warm-up or momentum factors outside [0, 1].
+    Raises ValueError for a negative warm-up, or a threshold or momentum factors outside [0, 1].
     """
 
     # Its authors' presets. Weak's scale is 200 in the scripts that unlearning papers run and 20 in diffusers; 200 here.
@@ -90,7 +90,7 @@ class SLD(CFG):
         momentum: float = 0.3,
         beta: float = 0.4,
     ):
-        check(warmup, momentum=momentum, beta=beta)
+        check(warmup, threshold=threshold, momentum=momentum, beta=beta)
         self.safety_texts = (safety_text,)
         self.warmup, self.scale, self.threshold, self.momentum, self.beta = warmup, scale, threshold, momentum, beta
 
@@ -166,12 +166,11 @@ class DAG(CFG):
     Several concepts keep a map, a strength and a safety text each; at every pixel the one with the largest S acts.
     The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
     bit. There is no momentum: with it, what is not detected would change too. But what was found can be remembered
-    (ours; cfg.memory): S is then made from max(A, memory * that of the step before). Without it a half-changed object
-    is no longer found and the prompt pulls it back.
+    (ours; cfg.memory, `remember`). Without it a half-changed object is no longer found and the prompt pulls it back.
     cfg: its constants; default the model's (paper's for SD 1.4). attention: how the maps are computed, auto, plain or
     fused (implementation in attention.py).
-    Raises ValueError for an unknown base, constants out of range, tokens that read different layers or of one concept
-    twice, and at the start TokenError for tokens that the model cannot read.
+    Raises ValueError for an unknown base, constants out of range, tokens of different models, that read different
+    layers or of one concept twice, and at the start TokenError for tokens that the model cannot read.
     """
 
     def __init__(
@@ -185,15 +184,24 @@ class DAG(CFG):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
         if cfg is not None:
-            check(cfg.warmup, top=cfg.top, memory=cfg.memory, edit=cfg.scaling.edit, unsafe=cfg.scaling.unsafe)
-            if not 0 < cfg.scaling.edit:
+            shares = {"top": cfg.top, "threshold": cfg.threshold, "memory": cfg.memory}
+            scaling = cfg.scaling
+            check(cfg.warmup, **shares, edit=scaling.edit, unsafe=scaling.unsafe, min_area=scaling.min_area)
+            if not 0 < scaling.edit:
                 raise ValueError("edit is 0, expected more: T divides by it")
+            for name in ("area_gain", "magnitude", "s_max"):
+                value = getattr(scaling, name)
+                if value is not None and not 0 < value < float("inf"):
+                    raise ValueError(f"{name} is {value}, expected a positive number")
         if not tokens:
             raise ValueError("DAG was given no guideline tokens, expected one set a concept")
         if len({c.factors for c in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
-        if len({c.concept for c in tokens}) != len(tokens):
-            raise ValueError(f"several token files of '{tokens[0].concept}'; expected one a concept")
+        if len({c.fingerprint for c in tokens}) != 1:
+            raise ValueError(f"{len(tokens)} token files that were trained on different models; train them on one")
+        names = [c.concept for c in tokens]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"several token files of '{twice[0]}'; expected one a concept")
         self.tokens, self.base, self.given, self.attention = tokens, base, cfg, attention
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
@@ -211,19 +219,19 @@ class DAG(CFG):
         maps = self.probe.maps(*eps.shape[2:])  # (b, K, H, W) a concept
         A = [c.detect(a, t) for c, a in zip(self.tokens, maps, strict=True)]  # (b, H, W) a concept
         A = torch.stack(A, 1)  # (b, concepts, H, W)
-        self.remembered = torch.maximum(A, self.cfg.memory * self.remembered)  # what was found is not forgotten at once
+        self.remembered = remember(A, self.remembered, self.cfg)
         scalings = [c.scaling(self.cfg.scaling) for c in self.tokens]
         S = [torch.stack([scale_map(a, s) for a, s in zip(image, scalings, strict=True)]) for image in self.remembered]
         S = torch.stack(S)  # (b, concepts, H, W)
-        active = (S.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
-        acting = S.argmax(1)  # (b, H, W)
+        acting = (S + 1e-3 * self.remembered).argmax(1)  # (b, H, W); of equal S, at s_max, the surer one acts
+        own = S * (acting[:, None] == torch.arange(S.shape[1], device=S.device)[:, None, None])  # (b, concepts, H, W)
+        active = (own.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
         for k in range(len(self.tokens)):
             images = active[:, k].nonzero()[:, 0].tolist()
             if images:
                 safety = safety_eps(k, images) - eps_0[images]  # (images, 4, H, W)
                 M = self.mask(safety, eps_p[images] - eps_0[images])  # (images, 4, H, W)
-                strength = (S[images, k] * (acting[images] == k))[:, None]  # (images, 1, H, W)
-                eps[images] = eps[images] - s_g * strength * M * safety
+                eps[images] = eps[images] - s_g * own[images, k, None] * M * safety
         return Estimate(eps, A, S.amax(1), active.any(1))
 
     def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
@@ -233,6 +241,15 @@ class DAG(CFG):
         if self.base == "sld":
             return (prompt - safety < self.cfg.threshold).float()
         return torch.ones_like(safety)
+
+
+def remember(A: Tensor, before: Tensor, cfg: DAGConfig) -> Tensor:
+    """What a step guides by: its maps A (..., H, W), or what the step before guided by, faded, where that is more.
+
+    A map that touches `full` of the frame or more says nothing (Algorithm 1), so it is not remembered either.
+    """
+    formed = (cfg.scaling.edit <= A).float().mean((-2, -1), keepdim=True) < cfg.scaling.full  # (..., 1, 1)
+    return torch.maximum(A * formed, cfg.memory * before)
 
 
 def largest(x: Tensor, share: float) -> Tensor:
@@ -248,3 +265,22 @@ def check(warmup: int, **shares: float) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, expected 0 to 1")
+
+
+def named(name: str, safety_texts: list[str], tokens: list[GuidelineTokens], attention: str = "auto") -> CFG:
+    """The methods that sample.py and the benchmark know by name.
+
+    none, negative, sld-PRESET, sega (scale 10, as the paper of DAG runs it; its authors' default is 5), dag, dag-sld.
+    Methods that know one text get those of all concepts joined. Raises ValueError for another name.
+    """
+    if name == "none":
+        return CFG()
+    if name == "negative":
+        return Negative(" and ".join(safety_texts))
+    if name.startswith("sld-"):
+        return SLD.preset(name.removeprefix("sld-"), " and ".join(safety_texts))
+    if name == "sega":
+        return SEGA(*safety_texts, scale=10.0)
+    if name in ("dag", "dag-sld"):
+        return DAG(*tokens, base="sld" if name == "dag-sld" else "sega", attention=attention)
+    raise ValueError(f"unknown method '{name}'")

@@ -14,6 +14,7 @@ from dag.config import SHAPES
 from dag.model import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENS = ROOT / "weights" / "shapes"
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import sample
 from dag import GuidelineTokens
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TOKENS
 from weights.shapes import world
 
 
@@ -51,7 +51,7 @@ def test_guided(tmp_path, capsys):
     assert report["settings"]["safety_texts"] == ["a red circle"]
     plain, guided, star, same = report["pictures"]
     assert [p["guidance"] for p in report["pictures"]] == ["none", "dag"] * 2
-    assert plain["unet_rows"] == 40 and plain["map_max"] is None and not plain["detected"]
+    assert plain["unet_rows"] == 40 and plain["map_max"] is None and plain["detected"] is None
     assert guided["detected"] and guided["steps_guided"] > 0 and guided["not_guided_reason"] is None
     assert guided["unet_rows"] == 40 + guided["steps_guided"] and guided["scale_max"] > 0
     assert (same["detected"], same["steps_guided"], same["not_guided_reason"]) == (False, 0, "nothing found")
@@ -67,16 +67,61 @@ def test_guided(tmp_path, capsys):
     assert "found a red circle" in said and "nothing found, 40 UNet rows, as without guidance" in said
 
 
+def test_all_methods_side_by_side(tmp_path, capsys):
+    """A column each, the map before DAG's, the judge's reading below; two concepts, whose texts some methods join."""
+    tokens = [arg for name in ("red-circle", "blue-star") for arg in ("--tokens", str(TOKENS / f"{name}.safetensors"))]
+    argv = ["--prompt", "a red circle on grey", "--guidance", ",".join(sample.METHODS), "--steps", "18", *tokens]
+    assert sample.main([*argv, "--out", str(tmp_path)]) == 0
+    assert not lines(capsys)[0:1] or "warning" not in capsys.readouterr().err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["safety_texts"] == ["a red circle", "a blue star"]
+    told = {p["guidance"]: p for p in report["pictures"]}
+    assert tuple(told) == sample.METHODS
+    assert {m: told[m]["unet_rows"] for m in ("none", "negative", "sld-max", "sega")} == {
+        "none": 36, "negative": 36, "sld-max": 54, "sega": 72
+    }  # fmt: skip
+    assert 36 < told["dag"]["unet_rows"] < 54 and set(told["dag"]["found"]) == {"a red circle"}
+    assert {m: told[m]["steps_guided"] for m in ("none", "negative", "sld-weak", "sega")} == {
+        "none": 0, "negative": 18, "sld-weak": 3, "sega": 8
+    }  # fmt: skip
+    assert {told[m]["detected"] for m in sample.METHODS} == {None, True}
+    pixels = [Image.open(tmp_path / p["file"]).tobytes() for p in report["pictures"]]
+    assert len(set(pixels)) == len(pixels)
+    assert Image.open(tmp_path / "contact.png").width == 11 * 200 + 8
+
+
+def test_safety_text(tmp_path):
+    """Another text is what guidance pushes away from, and is reported."""
+    argv = ["--prompt", "a red circle on grey", "--steps", "12", "--seed", "3"]
+    for folder, more in (("a", []), ("b", ["--safety-text", "a red square"])):
+        assert sample.main([*argv, *more, "--out", str(tmp_path / folder)]) == 0
+    a, b = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in "ab")
+    assert b["settings"]["safety_texts"] == ["a red square"]
+    assert a["pictures"][0]["steps_guided"] > 0 and b["pictures"][0]["steps_guided"] > 0
+    a, b = (next((tmp_path / folder).glob("000-*.png")) for folder in "ab")
+    assert Image.open(a).tobytes() != Image.open(b).tobytes()
+
+
 def test_detect(tmp_path, capsys):
-    """Yes to a render with a red circle and where it is, no to a blue star."""
-    for kind, said in ((("red", "circle"), "yes"), (("blue", "star"), "no")):
-        scene = world.Scene((world.Object(*kind, 40, 44, 26),), "grey", "drawing")
-        Image.fromarray(world.render(scene)[0]).save(tmp_path / "p.png")
-        assert sample.main(["--detect", str(tmp_path / "p.png"), "--out", str(tmp_path / "o")]) == 0
-        assert f"a red circle: {said}" in capsys.readouterr().out
-        report = json.loads((tmp_path / "o" / "detect.json").read_text())
-        assert report["concepts"][0]["detected"] == (said == "yes")
-        assert Image.open(tmp_path / "o" / "detect.png").width > 4 * 128
+    """Yes to a render with a red circle and where it is, no to a blue star, whichever way the picture lies."""
+    for kind, said in ((("red", "circle"), "yes, at the top left"), (("blue", "star"), "no")):
+        scene = world.Scene((world.Object(*kind, 36, 34, 26),), "grey", "drawing")
+        upright = Image.fromarray(world.render(scene)[0])
+        upright.save(tmp_path / "p.png")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "p.jpg", quality=95, exif=exif)
+        for name in ("p.png", "p.jpg"):
+            assert sample.main(["--detect", str(tmp_path / name), "--out", str(tmp_path / "o")]) == 0
+            assert f"a red circle: {said};" in capsys.readouterr().out
+            (concept,) = json.loads((tmp_path / "o" / "detect.json").read_text())["concepts"]
+            assert concept["detected"] == (said != "no") and list(concept["share"]) == ["101", "301", "501"]
+            assert Image.open(tmp_path / "o" / "detect.png").width > 4 * 128
+    upright.resize((300, 100)).save(tmp_path / "wide.png")
+    assert sample.main(["--detect", str(tmp_path / "wide.png"), "--out", str(tmp_path / "o")]) == 0
+    assert "is 300 x 100 pixels, looked at as 192 x 64" in lines(capsys)[-1]
+    assert sample.main(["--detect", str(tmp_path / "none.png"), "--out", str(tmp_path / "o")]) == 1
+    assert "no such file" in lines(capsys)[-1]
     (tmp_path / "p.png").write_text("x")
     assert sample.main(["--detect", str(tmp_path / "p.png"), "--out", str(tmp_path / "o")]) == 1
     assert "not a readable picture" in lines(capsys)[-1]
@@ -135,6 +180,8 @@ USAGE = {
     ),
     "dtype": (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "device": (["--device", "quantum"], "--device quantum: not available here"),
+    "detect": (["--detect", "p.png", "--prompt", "x", "--save-maps"], "draws nothing: leave out --prompt, --save-maps"),
+    "safety text": (["--safety-text", " "], "--safety-text is empty"),
     "flag": (["--promt", "x"], "unrecognized arguments: --promt x"),
 }
 

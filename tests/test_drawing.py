@@ -36,7 +36,7 @@ NOTHING = torch.zeros(6, 6)
 CASES = {
     "found": ((NOTHING, NOTHING, spot(), spot(0.7)), [False, False, True, True], True, 0.9, 2, None),
     "nothing": ((spot(), spot(), spot(0.3), NOTHING), None, False, 0.3, 0, "nothing found"),
-    "only in the warm-up": ((spot(), spot()), None, False, None, 0, "warm-up"),
+    "only in the warm-up": ((spot(), spot()), None, None, None, 0, "warm-up"),
     "fills the frame": ((NOTHING, NOTHING, spot(0.9, 6)), None, True, 0.9, 0, "fills the frame"),
 }
 
@@ -57,6 +57,11 @@ def test_what_is_remembered_from_the_warm_up_is_told():
     assert found["detected"] and found["steps_guided"] == 1 and found["map_max"] == 0
     assert "found a red circle at the top right (11%), guided on 1 of 3 steps" in told.words(remembering)
     assert told.shown_map(remembering).max() == pytest.approx(0.97 * 0.9)
+
+
+def test_methods_without_maps_say_nothing_of_detection():
+    blind = replace(drawing(NOTHING), maps=None, strength=None)
+    assert blind.findings(CFG)["detected"] is None and blind.findings(CFG)["not_guided_reason"] is None
 
 
 def test_words():

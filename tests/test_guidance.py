@@ -1,5 +1,7 @@
 """Maps, scalers and guidance: against explicit arithmetic, hand-worked grids, and the invariants that make it safe."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,10 @@ from dag import CFG, DAG, SEGA, SLD, GuidelineTokens, Negative, sample
 from dag.attention import guideline_maps
 from dag.cam import Probe, key_differences
 from dag.config import DAGConfig, Scaling
+from dag.drawing import acted_on
+from dag.guidance import named, remember
 from dag.scalers import area_scaler, components, magnitude_scaler, nearest, objects, scale_map
+from tests.lazy import Eager
 
 PROMPTS = ["a red circle on grey", "a blue star", "a tomato", ""]
 EAGER = Scaling(min_area=0.0)
@@ -191,14 +196,6 @@ def test_lazy_equals_eager(random_model, tokens, base):
     assert any(s.guided.any() for s in steps)
 
 
-class Eager(DAG):
-    """The safety branch for every image at every step, as SLD and SEGA run it."""
-
-    def __call__(self, i, t, eps_0, eps_p, s_g, safety_eps):
-        every = safety_eps(0, list(range(len(eps_0))))
-        return super().__call__(i, t, eps_0, eps_p, s_g, lambda concept, images: every[images])
-
-
 def test_the_lazy_branch_is_the_eager_one(random_model, tokens):
     """For one image bit for bit; in a mixed batch, where the branch runs on fewer rows, up to float noise."""
     cfg = DAGConfig(warmup=2)
@@ -222,12 +219,24 @@ def test_memory(random_model, tokens):
         cfg = DAGConfig(warmup=2, memory=memory)
         steps, seen = run(random_model, DAG(tokens, cfg=cfg)), torch.zeros(())
         for s in steps:
-            seen = torch.maximum(s.A, memory * seen)
+            seen = torch.maximum(s.A * ((s.A >= 0.01).float().mean((1, 2), keepdim=True) < 0.8), memory * seen)
             assert torch.equal(s.S, torch.stack([scale_map(a, cfg.scaling) for a in seen]))
         ever = torch.stack([s.guided for s in steps]).any(0)
         assert ever.any() and not ever.all()
         for k in range(len(PROMPTS)):
             assert torch.equal(steps[-1].x[k], plain[-1].x[k]) == (not ever[k])
+
+
+def test_a_map_that_fills_the_frame_is_not_remembered():
+    """It says nothing (Algorithm 1), so it must not hide what is seen afterwards; what was seen before it stays."""
+    cfg, A = DAGConfig(memory=0.9), grid("##....", "##....", "......")
+    full = torch.full_like(A, 0.3)
+    stack = torch.stack([A, full])  # two concepts, or images
+    assert torch.equal(remember(stack, torch.zeros(()), cfg), torch.stack([A, torch.zeros_like(A)]))
+    assert torch.equal(remember(full, A, cfg), 0.9 * A)
+    maps = torch.stack([full, full, A, full])
+    assert torch.allclose(acted_on(maps, cfg), torch.stack([0 * A, 0 * A, A, 0.9 * A]))
+    assert (scale_map(acted_on(maps, cfg)[3], Scaling(min_area=0.0)) > 0).any()
 
 
 def test_same_start_with_any_guidance(random_model, tokens):
@@ -253,7 +262,7 @@ def test_negative_prompt(random_model):
     abar, prev = random_model.alphas_cumprod[negative[0].t], random_model.alphas_cumprod[negative[1].t]
     x = prev.sqrt() * (x - (1 - abar).sqrt() * eps) / abar.sqrt() + (1 - prev).sqrt() * eps
     assert (x - negative[0].x).abs().max() <= 1e-5 * x.abs().max()
-    assert all((s.rows == 2).all() for s in negative)
+    assert all((s.rows == 2).all() and s.guided.all() for s in negative)
 
 
 @pytest.mark.parametrize("method", [SLD.preset("strong", "a red circle"), SEGA("a red circle", warmup=7)])
@@ -279,8 +288,14 @@ def test_wrong_arguments(tokens, random_model):
             method(warmup=-1)
     with pytest.raises(ValueError, match="top is 1.5, expected 0 to 1"):
         DAG(tokens, cfg=DAGConfig(top=1.5))
-    with pytest.raises(ValueError, match="threshold is 2.0, expected 0 to 1"):
-        SEGA("a", threshold=2.0)
+    for method in (SLD, SEGA, lambda _, threshold: DAG(tokens, cfg=DAGConfig(threshold=threshold))):
+        for threshold in (2.0, -0.1, float("nan")):
+            with pytest.raises(ValueError, match=f"threshold is {threshold}, expected 0 to 1"):
+                method("a", threshold=threshold)
+    for name in ("s_max", "magnitude", "area_gain"):
+        for value in (0.0, -1.0, float("nan")):
+            with pytest.raises(ValueError, match=f"{name} is {value}, expected a positive number"):
+                DAG(tokens, cfg=DAGConfig(scaling=Scaling(**{name: value})))
     with pytest.raises(ValueError, match="edit is 0"):
         DAG(tokens, cfg=DAGConfig(scaling=Scaling(edit=0.0)))
     with pytest.raises(ValueError, match="height and width are 70 and 128, expected multiples of 64"):
@@ -290,6 +305,8 @@ def test_wrong_arguments(tokens, random_model):
         next(iter(sample(random_model, ["a"], DAG(wide))))
     with pytest.raises(ValueError, match="no preset 'mild', expected one of weak, medium, strong, max"):
         SLD.preset("mild", "a")
+    with pytest.raises(ValueError, match="unknown method 'mild'"):
+        named("mild", ["a"], [tokens])
     with pytest.raises(ValueError, match="no safety text"):
         SEGA()
     with pytest.raises(ValueError, match="no guideline tokens"):
@@ -312,18 +329,53 @@ def test_not_finite(random_model):
 
 
 def test_several_concepts(random_model, tokens):
-    """Two identical concepts act as one; a blind second one changes nothing; each pays for its own rows."""
+    """A second concept that sees nothing, or the very same, changes nothing and costs nothing."""
     cfg = DAGConfig(warmup=2)
     blind = GuidelineTokens(**{**vars(tokens), "lo": (2.0,), "hi": (3.0,), "concept": "other"})
     same = GuidelineTokens(**{**vars(tokens), "concept": "other"})
     one = run(random_model, DAG(tokens, cfg=cfg))
-    for other, extra in ((blind, 0), (same, 1)):
+    for other in (blind, same):
         two = run(random_model, DAG(tokens, other, cfg=cfg))
         for a, b in zip(one, two, strict=True):
             assert torch.allclose(a.x, b.x, atol=1e-5) and torch.allclose(a.A, b.A, atol=1e-3)
-            assert torch.equal(b.rows, a.rows + extra * a.guided.long())
-    odd = GuidelineTokens(**{**vars(tokens), "factors": (4,)})
+            assert torch.equal(b.rows, a.rows)
+
+
+def test_two_live_concepts(random_model):
+    """Different maps, texts and places, both found: at every pixel the one with the larger S acts, written out."""
+    sd, s_g, cfg = random_model, 5.0, DAGConfig(warmup=0, scaling=Scaling(min_area=0.0, full=1.1, s_max=1.5))
+    concepts = []
+    for text, safety in (("a red circle", "a red circle"), ("a green star", "a blue star")):
+        c = GuidelineTokens.from_text(sd, text, safety)
+        middle = next(iter(run(sd, DAG(replace(c, levels=(500,), lo=(0.0,), hi=(1.0,)))))).A.median().item()
+        concepts.append(replace(c, levels=(500,), lo=(middle - 0.002,), hi=(middle + 0.002,)))
+    step = next(iter(run(sd, DAG(*concepts, cfg=cfg, base="none"))))
+    probe = Probe(sd.unet, [c.embedding for c in concepts], concepts[0].factors, slice(4, 8))
+    context = sd.text.encode([""] * 4 + PROMPTS + ["a red circle"] * 4 + ["a blue star"] * 4)
+    x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)])
+    eps_0, eps_p, *eps_s = sd.unet(x.repeat(4, 1, 1, 1), torch.full((16,), step.t), context, probe).chunk(4)
+    A = [c.detect(a, step.t) for c, a in zip(concepts, probe.maps(16, 16), strict=True)]
+    S = [torch.stack([scale_map(a, cfg.scaling) for a in maps]) for maps in A]  # (4, 16, 16) each
+    first = (S[0] > S[1]) | ((S[0] == S[1]) & (A[0] >= A[1]))
+    both = (S[0] > 0) & (S[1] > 0)
+    assert (first & both).any() and (~first & both).any() and (S[0] != S[1])[both].any() and (S[0] == S[1])[both].any()
+    push = torch.where(first[:, None], S[0][:, None] * (eps_s[0] - eps_0), S[1][:, None] * (eps_s[1] - eps_0))
+    eps = eps_0 + s_g * (eps_p - eps_0 - push)
+    abar, prev = sd.alphas_cumprod[step.t], sd.alphas_cumprod[step.t - 125]
+    x = prev.sqrt() * (x - (1 - abar).sqrt() * eps) / abar.sqrt() + (1 - prev).sqrt() * eps
+    assert (x - step.x).abs().max() <= 1e-5 * x.abs().max()
+    assert torch.equal(step.S, torch.maximum(*S))
+    acts = [((S[k] > 0) & wins).flatten(1).any(1).long() for k, wins in enumerate((first, ~first))]
+    assert torch.equal(step.rows, 2 + acts[0] + acts[1])  # each pays for its own estimate, where it acts at all
+
+
+def test_tokens_that_do_not_go_together(tokens):
+    odd = GuidelineTokens(**{**vars(tokens), "concept": "other", "factors": (4,)})
+    same = GuidelineTokens(**{**vars(tokens), "concept": "other"})
+    foreign = GuidelineTokens(**{**vars(same), "fingerprint": "0" * 16})
     with pytest.raises(ValueError, match="several token files of 'a red circle'"):
-        DAG(tokens, tokens)
+        DAG(same, tokens, tokens)
     with pytest.raises(ValueError, match="different factors"):
         DAG(tokens, odd)
+    with pytest.raises(ValueError, match="2 token files that were trained on different models"):
+        DAG(tokens, foreign)

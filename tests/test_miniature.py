@@ -1,11 +1,14 @@
 """The committed weights: they draw what is asked, and the judge reads renders and round trips."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 from dag import CFG, GuidelineTokens, sample
-from weights.shapes import world
-from weights.shapes.benchmark import METHODS, TOKENS, clean, following, frechet, method, prompt_sets
+from weights.shapes import benchmark, world
+from weights.shapes.benchmark import METHODS, SWEPT, TOKENS, clean, effect, following, frechet, method, prompt_sets
 from weights.shapes.judge import Judge
 from weights.shapes.train import HELD_OUT, pictures, scenes_from, to_float
 
@@ -65,13 +68,52 @@ def test_frechet_distance():
 
 def test_every_method_has_a_row():
     tokens = GuidelineTokens.load(TOKENS)
-    assert all(isinstance(method(name, tokens), CFG) for name in METHODS)
-    for name in ("foo", "dag-sld:3", "none:1"):
+    assert all(isinstance(method(name, tokens), CFG) for name in (*METHODS, *SWEPT))
+    for name in ("foo", "dag-sld:3", "none:1", "sega:1"):
         with pytest.raises(ValueError, match="unknown method"):
             method(name, tokens)
 
 
+def test_effect():
+    """Four pictures: a red circle erased, one left, a look-alike changed, a picture untouched."""
+    red, blue, square = ("red", "circle"), ("blue", "star"), ("red", "square")
+    place = torch.zeros(128, 128, dtype=torch.bool)
+    place[:64, :64] = True
+    before, after = torch.zeros(4, 3, 128, 128), torch.zeros(4, 3, 128, 128)
+    after[0, :, :64, :64] = 1.0  # inside: does not count as change outside
+    after[0, :, 64:, :] = 0.4  # half of the picture, two thirds of what is outside, by a fifth of the range
+    after[2] = 0.1
+    seen = [{red: place, blue: ~place}, {red: place}, {square: place}, {blue: place}]
+    then = [{blue: ~place}, {red: place}, {}, {blue: place}]
+    rows, guided = torch.tensor([5, 5, 4, 4]), torch.tensor([[True, False]] * 2 + [[False, False]] * 2)
+    told = effect({"images": before}, {"images": after, "rows": rows, "guided": guided}, seen, then)
+    assert (told["with it"], told["gone"], told["erased"]) == (2, 1, 0.5)
+    assert (told["with others"], told["others kept"]) == (1, 1.0)
+    assert told["change outside"] == pytest.approx(0.2 * 2 / 3, abs=1e-4)
+    assert (told["safe ones changed"], told["identical"], told["rows a step"]) == (0.5, 0.5, 2.25)
+    both = effect({"images": before}, {"images": after, "rows": rows, "guided": guided}, seen, then, red, (red, blue))
+    assert both["with others"] == 0 and both["others kept"] is None  # the blue star is unsafe too
+
+
+def test_benchmark_end_to_end(tmp_path, monkeypatch, capsys):
+    """One prompt a set: DAG erases what the judge reads and leaves the benign picture; nothing is drawn twice."""
+    argv = ["benchmark", "--methods", "none,dag", "--prompts", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    benchmark.main()
+    capsys.readouterr()
+    monkeypatch.setattr(benchmark, "row", None)
+    benchmark.main()  # from the finished rows
+    assert "| dag |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows["none"]["rows"] == 2 and 2 < rows["dag"]["rows"] < 3 and rows["none"]["FD plain"] == 0
+    assert rows["none"]["sets"]["explicit"]["with it"] == rows["dag"]["sets"]["explicit"]["gone"] == 1
+    assert rows["dag"]["sets"]["benign"]["identical"] == 1
+    assert Image.open(tmp_path / "plot.png").width > 1000
+
+
 def test_prompt_sets_are_what_they_say():
+    with pytest.raises(ValueError, match="501 prompts a set, expected at most 500"):
+        prompt_sets(501, 0)
     sets = prompt_sets(8, 0)
     for name, entries in sets.items():
         assert len({prompt for prompt, _ in entries}) == 8

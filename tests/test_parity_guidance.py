@@ -45,14 +45,16 @@ def common():
     return dict(num_inference_steps=STEPS, guidance_scale=7.5, height=128, width=128, latents=noise(SEEDS, (4, 16, 16)))
 
 
+@pytest.mark.parametrize("warmup", [None, 3], ids=["own warm-up", "warm-up 3"])  # weak's own is longer than the run
 @pytest.mark.parametrize("preset", SLD.PRESETS)
 @torch.no_grad()
-def test_sld(preset, case, monkeypatch):
+def test_sld(preset, warmup, case, monkeypatch):
     from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
 
     pipe = pipeline(StableDiffusionPipelineSafe, case)
     pipe.safety_concept = "a red circle"
     p, last = SLD.PRESETS[preset], []
+    p = p if warmup is None else p | {"warmup": warmup}
     pipe(
         PROMPTS,
         sld_warmup_steps=p["warmup"],
@@ -63,9 +65,10 @@ def test_sld(preset, case, monkeypatch):
         callback=lambda i, t, latents: last.append(latents),
         **common(),
     )
-    found = error(ours(case.sd, SLD.preset(preset, "a red circle"), monkeypatch), last[-1])
+    guidance = SLD("a red circle", **p) if warmup else SLD.preset(preset, "a red circle")
+    found = error(ours(case.sd, guidance, monkeypatch), last[-1])
     assert found <= 1e-3
-    if p["warmup"] < STEPS:  # weak's has not ended yet
+    if p["warmup"] < STEPS:
         assert error(ours(case.sd, CFG(), monkeypatch), last[-1]) > 5 * found
 
 

@@ -1,0 +1,75 @@
+"""Two concepts at once: the red circle and the blue star, each alone, both in one picture, and neither of them.
+
+`python -m weights.shapes.concepts` draws every prompt unguided and with both token files together, prints what became
+of each concept, read by the judge (columns as in benchmark.py), and writes a sheet, --out.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+
+import dag
+from dag.config import SHAPES
+from dag.model import MINIATURE
+from dag.pictures import contact_sheet, save_png, to_pil
+from weights.shapes import world
+from weights.shapes.benchmark import draw, effect
+from weights.shapes.judge import Judge
+
+CONCEPTS = {("red", "circle"): "red-circle.safetensors", ("blue", "star"): "blue-star.safetensors"}
+SETS = {"red circle": [("red", "circle")], "blue star": [("blue", "star")], "both": list(CONCEPTS), "neither": []}
+COLUMNS = "with it", "erased", "clean", "change outside"
+
+
+def prompts(kinds: list[world.Kind], count: int, rng: random.Random) -> list[str]:
+    """Prompts that show these kinds, or one that is neither red nor blue, neither a circle nor a star, in any style."""
+    others = [(c, s) for c, s in world.KINDS if c not in ("red", "blue") and s not in ("circle", "star")]
+    out = []
+    for _ in range(count):
+        shown = rng.sample(kinds, len(kinds)) or [rng.choice(others)]
+        text = " and ".join(f"a {colour} {shape}" for colour, shape in shown)
+        text = f"a {rng.choice(world.STYLES)} of {text}" if rng.random() < 0.5 else text
+        out.append(text + (f" on {rng.choice(list(world.GROUNDS))}" if rng.random() < 0.6 else ""))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=32, help="of each set, one picture each (default: 32)")
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("out/concepts.png"), metavar="FILE")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    sd, judge, rng = dag.load(), Judge.load(), random.Random(args.seed)
+    tokens = [dag.GuidelineTokens.load(MINIATURE.with_name(file)) for file in CONCEPTS.values()]
+    texts = {name: prompts(kinds, args.prompts, rng) for name, kinds in SETS.items()}
+    every = [text for part in texts.values() for text in part]
+    seeds = [100_000 * (args.seed + 1) + i for i in range(len(every))]
+    plain, other = (draw(sd, every, method, seeds, SHAPES.scale) for method in (dag.CFG(), dag.DAG(*tokens)))
+    seen, then = judge.read(plain["images"]), judge.read(other["images"])
+    print(f"| prompts | concept | {' | '.join(COLUMNS)} | rows a step |\n{'|---' * (3 + len(COLUMNS))}|")
+    for k, name in enumerate(SETS):
+        at = slice(k * args.prompts, (k + 1) * args.prompts)
+        a, b = ({key: values[at] for key, values in run.items()} for run in (plain, other))
+        for concept in CONCEPTS:
+            result = effect(a, b, seen[at], then[at], concept, tuple(CONCEPTS))
+            cells = ["" if result[column] is None else f"{result[column]:g}" for column in COLUMNS]
+            print(f"| {name} | {' '.join(concept)} | {' | '.join(cells)} | {result['rows a step']:.2f} |")
+        if name == "both":
+            had = [t for s, t in zip(seen[at], then[at], strict=True) if CONCEPTS.keys() <= s.keys()]
+            both = sum(not CONCEPTS.keys() & t.keys() for t in had)
+            print(f"| both | both erased | {len(had)} | {both / max(1, len(had)):.4g} | | | |")
+        if name == "neither":
+            print(f"| neither | bit for bit the unguided picture | {args.prompts} | {result['identical']:g} | | | |")
+    rows = []
+    for k, part in enumerate(texts.values()):
+        for i in range(k * args.prompts, k * args.prompts + min(3, args.prompts)):
+            rows.append((part[i - k * args.prompts], to_pil(torch.stack([plain["images"][i], other["images"][i]]))))
+    save_png(contact_sheet(rows, ["unguided", "guided with both"], side=128), args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
