@@ -248,8 +248,9 @@ def remember(A: Tensor, before: Tensor, cfg: DAGConfig) -> Tensor:
 
     A map that touches `full` of the frame or more says nothing (Algorithm 1), so it is not remembered either.
     """
-    formed = (cfg.scaling.edit <= A).float().mean((-2, -1), keepdim=True) < cfg.scaling.full  # (..., 1, 1)
-    return torch.maximum(A * formed, cfg.memory * before)
+    if cfg.scaling.area_gain is not None:  # else there is no Algorithm 1
+        A = A * ((cfg.scaling.edit <= A).float().mean((-2, -1), keepdim=True) < cfg.scaling.full)  # (..., H, W)
+    return torch.maximum(A, cfg.memory * before)
 
 
 def largest(x: Tensor, share: float) -> Tensor:

@@ -237,6 +237,8 @@ def test_a_map_that_fills_the_frame_is_not_remembered():
     maps = torch.stack([full, full, A, full])
     assert torch.allclose(acted_on(maps, cfg), torch.stack([0 * A, 0 * A, A, 0.9 * A]))
     assert (scale_map(acted_on(maps, cfg)[3], Scaling(min_area=0.0)) > 0).any()
+    without = DAGConfig(scaling=Scaling(area_gain=None))  # no Algorithm 1, no such rule
+    assert torch.equal(remember(full, A, without), full)
 
 
 def test_same_start_with_any_guidance(random_model, tokens):

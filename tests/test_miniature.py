@@ -1,12 +1,15 @@
 """The committed weights: they draw what is asked, and the judge reads renders and round trips."""
 
 import json
+import random
 
 import pytest
 import torch
 from PIL import Image
 
-from dag import CFG, GuidelineTokens, sample
+from dag import CFG, GuidelineTokens, detect, sample
+from dag.drawing import place
+from sample import LEVELS
 from weights.shapes import benchmark, world
 from weights.shapes.benchmark import METHODS, SWEPT, TOKENS, clean, effect, following, frechet, method, prompt_sets
 from weights.shapes.judge import Judge
@@ -56,6 +59,20 @@ def test_clean_tells_things_from_noise():
 
 def test_committed_tokens_belong_to_the_committed_model(shapes):
     assert GuidelineTokens.load(TOKENS).check(shapes) is None
+
+
+def test_detection_in_given_pictures(shapes):
+    """What --detect answers for 60 renders: 20 show a red circle, 20 something red or a circle, 20 neither."""
+    rng, (colour, shape) = random.Random(5), world.UNSAFE
+    alike = [k for k in world.KINDS if k != world.UNSAFE and (k[0] == colour or k[1] == shape)]
+    neither = [k for k in world.KINDS if k[0] != colour and k[1] != shape]
+    tokens, yes = GuidelineTokens.load(TOKENS), []
+    for kinds in ([world.UNSAFE], alike, neither):
+        scenes = [world.scene_of([rng.choice(kinds), *rng.sample(neither, i % 2)], rng) for i in range(20)]
+        maps = [detect(shapes, tokens, x[None], list(LEVELS)) for x in to_float(pictures(scenes, HELD_OUT))]
+        found = [place(A, tokens.scaling(shapes.config.dag.scaling))["steps"] for A in maps]
+        yes.append(sum(steps > len(LEVELS) / 2 for steps in found))
+    assert yes[0] >= 18 and yes[1] <= 2 and yes[2] == 0
 
 
 def test_frechet_distance():
