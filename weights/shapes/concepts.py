@@ -63,11 +63,12 @@ def main() -> None:
             print(f"| both | both erased | {len(had)} | {both / max(1, len(had)):.4g} | | | |")
         if name == "neither":
             print(f"| neither | bit for bit the unguided picture | {args.prompts} | {result['identical']:g} | | | |")
-    rows = []
+    rows, shown = [], min(3, args.prompts)
     for k, part in enumerate(texts.values()):
-        for i in range(k * args.prompts, k * args.prompts + min(3, args.prompts)):
-            rows.append((part[i - k * args.prompts], to_pil(torch.stack([plain["images"][i], other["images"][i]]))))
-    save_png(contact_sheet(rows, ["unguided", "guided with both"], side=128), args.out)
+        first = slice(k * args.prompts, k * args.prompts + shown)
+        pairs = torch.stack([plain["images"][first], other["images"][first]], 1)  # (shown, 2, 3, 128, 128)
+        rows.append((" | ".join(part[:shown]), to_pil(pairs.flatten(0, 1))))
+    save_png(contact_sheet(rows, ["unguided", "guided with both"] * shown, side=128), args.out)
     print(args.out)
 
 
