@@ -5,7 +5,8 @@
 
 All three draw the same batches from the same seeds; latents are compared before decoding. Time is that of 32 benign
 prompts, by turns, three times each after one that does not count: ratios are of the medians. Exit status 1 if a picture
-that was never guided is not bit for bit plain guidance, or a guided one is 1e-5 or more off the eager branch.
+that was never guided is not bit for bit plain guidance, or a guided one is more than 1e-5 of the largest value off the
+eager branch.
 """
 
 import argparse
@@ -53,9 +54,8 @@ def main() -> int:
     same = [torch.equal(a, b) for a, b in zip(plain, lazy, strict=True)]
     unguided = [equal for equal, guided in zip(same, ever.tolist(), strict=True) if not guided]
     print(f"never guided: {len(unguided)} of {len(prompts)}, bit for bit plain guidance: {sum(unguided)}")
-    error = (lazy - eager)[ever].abs().max().item() if ever.any() else 0.0
-    if ever.any():
-        print(f"guided: {sum(ever)}, largest difference from the eager branch: {error:.1e} of {eager.abs().max():.1f}")
+    error, largest = (lazy - eager)[ever].abs().max().item() if ever.any() else 0.0, eager.abs().max().item()
+    print(f"guided: {sum(ever)}, largest difference from the eager branch: {error:.1e} of {largest:.1f}")
     for name, lazily, eagerly in zip(NAMED, rows.chunk(len(NAMED)), eager_rows.chunk(len(NAMED)), strict=True):
         print(f"UNet rows a step, {name}: {lazily.mean():.2f} (eager {eagerly.mean():.2f})")
 
@@ -69,7 +69,7 @@ def main() -> int:
     for name, times in seconds.items():
         ratio = median(times) / median(seconds["plain"])
         print(f"seconds on {len(benign)} benign prompts, {name}: {median(times):.2f}, {ratio:.3f} of plain")
-    return int(not all(unguided) or error >= 1e-5)
+    return int(not all(unguided) or error > 1e-5 * largest)
 
 
 if __name__ == "__main__":
