@@ -117,7 +117,7 @@ class SLD(CFG):
 
 
 class SEGA(CFG):
-    """Semantic Guidance (Brack et al. 2023) with every concept removed.
+    """Semantic Guidance (Brack et al. 2023, Eq. 6 to 9 as its authors' code counts them) with every concept removed.
 
     eps = eps_0 + s_g (eps_p - eps_0) + g,  g = sum of the concepts' terms + momentum * nu
     A concept's term is -scale (eps_s - eps_0) where its size reaches the `threshold` quantile per channel, else 0.
@@ -145,11 +145,11 @@ class SEGA(CFG):
         self.nu = 0.0  # becomes (b, 4, H, W)
 
     def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
-        everyone, g = list(range(len(eps_0))), self.momentum * self.nu
+        everyone, g = list(range(len(eps_0))), self.momentum * self.nu  # Eq. 7
         for concept in range(len(self.safety_texts)):
             term = -self.scale * (safety_eps(concept, everyone) - eps_0)  # (b, 4, H, W)
-            g = g + term * largest(term, 1 - self.threshold)
-        self.nu = self.beta * self.nu + (1 - self.beta) * g
+            g = g + term * largest(term, 1 - self.threshold)  # Eq. 6; the sum over concepts is Eq. 9
+        self.nu = self.beta * self.nu + (1 - self.beta) * g  # Eq. 8
         active = i >= self.warmup
         eps = eps_0 + s_g * (eps_p - eps_0) + (g if active else 0)
         return Estimate(eps, None, None, torch.full((len(eps),), active))
