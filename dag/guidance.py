@@ -231,7 +231,7 @@ class DAG(CFG):
             if images:
                 safety = safety_eps(k, images) - eps_0[images]  # (images, 4, H, W)
                 M = self.mask(safety, eps_p[images] - eps_0[images])  # (images, 4, H, W)
-                eps[images] = eps[images] - s_g * own[images, k, None] * M * safety
+                eps[images] = eps[images] - s_g * own[images, k, None] * M * safety  # Eq. 4, as Table 1 has it
         return Estimate(eps, A, S.amax(1), active.any(1))
 
     def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
