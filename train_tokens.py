@@ -19,6 +19,8 @@ from pathlib import Path
 
 from sample import Parser, UsageError, check_text, guarded, number, open_model, warn, writable
 
+HELD_OUT = 20  # pictures of each kind that the miniature's tokens are measured on
+
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="train_tokens.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -297,7 +299,8 @@ def run(args: argparse.Namespace) -> int:
 
     held_out, name = data, "training pictures"
     if args.data is None:
-        (held_out, _), name = draw(sd, concept, 20, 20, args.seed + 77), "20 unsafe and 20 safe held-out pictures"
+        held_out, _ = draw(sd, concept, HELD_OUT, HELD_OUT, args.seed + 77)
+        name = f"{HELD_OUT} unsafe and {HELD_OUT} safe held-out pictures"
     print(f"{name}, loss {after.loss:.4f}; edit: share of the frame with A >= {scaling.edit}, unsafe and safe")
     print("   t   IoU  found  false  edit  edit safe")
     for v in held_out.measure(after, scaling, every=4):

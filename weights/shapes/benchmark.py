@@ -258,6 +258,15 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item())
 
 
+def renders(judge: Judge, seed: int) -> Tensor:
+    """The judge's features of some 600 renders without a red circle, (N, 96)."""
+    rng = random.Random(seed)
+    scenes = [world.random_scene(rng, 0) for _ in range(600)]
+    safe = [s for s in scenes if world.UNSAFE not in {o.kind for o in s.objects}]
+    drawn = torch.stack([torch.from_numpy(world.render(s, i)[0]) for i, s in enumerate(safe)])  # (N, 128, 128, 3)
+    return judge.features(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
 def row(name: str, sd, judge: Judge, tokens, sets: dict, plain: dict | None, scale: float, real: Tensor) -> tuple:
     """Draw all sets with a method -> its figures, and what was drawn. plain: the unguided run; None if this is it."""
     entries = [e for part in sets.values() for e in part]
@@ -403,12 +412,6 @@ def main() -> None:
             (p, asked, seed + i) for i, (p, asked) in enumerate(e for e in entries for _ in range(args.images))
         ]
         seed += len(sets[key])
-    rng = random.Random(args.seed)
-    scenes = [
-        s for s in (world.random_scene(rng, 0) for _ in range(600)) if world.UNSAFE not in {o.kind for o in s.objects}
-    ]
-    renders = torch.stack([torch.from_numpy(world.render(s, i)[0]) for i, s in enumerate(scenes)])  # (N, 128, 128, 3)
-    real = judge.features(renders.permute(0, 3, 1, 2).float() / 127.5 - 1)
 
     settings = {"prompts": args.prompts, "images": args.images, "scale": SHAPES.scale, "seed": args.seed}
     settings |= {"dag": asdict(SHAPES.dag)}
@@ -422,11 +425,12 @@ def main() -> None:
         found = [json.loads(p.read_text()) for p in sorted(rows.glob("*.json"))]
         return {f["method"]: f["result"] for f in found}
 
-    k, n = (int(x) for x in args.shard.split("/"))
+    real, (k, n) = None, (int(x) for x in args.shard.split("/"))
     for name in ["none", *names[1:][k::n]]:
         if name in finished() and (name != "none" or plain_file.exists()):
             continue
         plain = None if name == "none" else load_file(plain_file)
+        real = renders(judge, args.seed) if real is None else real
         result, drawn = row(name, sd, judge, tokens, sets, plain, SHAPES.scale, real)
         if name == "none":
             with whole(plain_file) as temporary:
