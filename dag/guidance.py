@@ -284,4 +284,4 @@ def named(name: str, safety_texts: list[str], tokens: list[GuidelineTokens], att
         return SEGA(*safety_texts, scale=10.0)
     if name in ("dag", "dag-sld"):
         return DAG(*tokens, base="sld" if name == "dag-sld" else "sega", attention=attention)
-    raise ValueError(f"unknown method '{name}'")
+    raise ValueError(f"unknown method '{name}', expected none, negative, sld-PRESET, sega, dag or dag-sld")
