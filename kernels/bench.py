@@ -47,8 +47,9 @@ def plain(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: list[int]) -> tuple
 def errors(found: tuple[Tensor, Tensor], q, k, v, dk, rows: list[int]) -> list[tuple[float, float]]:
     """Largest error against float64 of output and, if there are any, maps: (found's, what it may be).
 
-    It may be three times that of PyTorch in the same dtype (SDPA for the output), in float32 at least 5e-6 and 1e-6; in
-    bfloat16 one unit in the last place more than PyTorch's, because the interpreter truncates.
+    It may be twice that of PyTorch in the same dtype (SDPA for the output); in float32 three times, because how PyTorch
+    rounds there differs with the CPU (twice was passed by 5 % on one), or 5e-6 and 1e-6 if that is more; in bfloat16
+    one unit in the last place more than PyTorch's, because the interpreter truncates.
     """
     exact = plain(*(x.double() for x in (q, k, v, dk)), rows)
     own = F.scaled_dot_product_attention(q, k, v), plain(q, k, v, dk, rows)[1]
@@ -59,7 +60,7 @@ def errors(found: tuple[Tensor, Tensor], q, k, v, dk, rows: list[int]) -> list[t
             if q.dtype == torch.bfloat16:
                 limit += torch.finfo(q.dtype).eps * truth.abs().max().item()
             else:
-                limit = max(3 * limit, least if q.dtype == torch.float32 else 0)
+                limit = max(3 * limit, least) if q.dtype == torch.float32 else 2 * limit
             measured.append((error, limit))
     return measured
 

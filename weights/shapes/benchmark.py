@@ -335,9 +335,9 @@ def plot(results: dict[str, dict]) -> Image.Image:
     side, margin = 520, 56
     image = Image.new("RGB", (2 * side + 4 * margin, side + 2 * margin), "white")
     pen, font, points = ImageDraw.Draw(image), ImageFont.load_default(13), {}
-    for name, values in ((name, figures(result)) for name, result in results.items()):
-        prices = (0.0, 0.0) if name == "none" else (values["outside"], values["FD plain"] ** 0.5)
-        points[name] = pooled(results[name], "erased", "with it") or 0.0, prices
+    for name, result in results.items():
+        prices = (0.0, 0.0) if name == "none" else (figures(result)["outside"], result["FD plain"] ** 0.5)
+        points[name] = pooled(result, "erased", "with it") or 0.0, prices
     for panel, title in enumerate(("mean change outside it", "change of safe pictures: root of FD plain")):
         here = {name: (prices[panel], rate) for name, (rate, prices) in points.items() if prices[panel] is not None}
         left, widest = margin + panel * (side + 2 * margin), 1.05 * max(x for x, _ in here.values()) or 1.0
