@@ -1,17 +1,35 @@
 """Detect-and-Guide on Stable Diffusion 1.4, from scratch.
 
-Reading order: config, attention, unet, vae, text, ddim, model, cam, tokens, scalers, guidance, sampling,
-optimisation, drawing, pictures, files.
+Reading order, from the loop down: sampling, guidance, scalers, cam, tokens, attention. If you know Stable Diffusion,
+stop here. Then unet, vae, text, ddim, model, config; optimisation makes tokens. evaluation and cli
+serve the programs.
 
-Letters, the same in every file: b images or rows, h heads, n pixels of one layer, m text tokens, d channels of a head,
-K concept rows of guideline tokens, c_text text width, H x W latent grid, t timestep, s_g guidance scale.
+Letters, the same in every file: b images or batch rows, h heads, n pixels of one layer, m text tokens, d channels per
+head, K concept rows of guideline tokens, k one concept, c channels or a guideline embedding, c_text text width, H x W
+latent grid, height x width any other grid, t timestep, i step, s_g guidance scale.
 """
 
-from .guidance import CFG, DAG, SEGA, SLD, Negative
-from .model import StableDiffusion, load
-from .sampling import Step, detect, sample
-from .tokens import GuidelineTokens
+import importlib
+import importlib.metadata
 
-__all__ = [
-    "CFG", "DAG", "GuidelineTokens", "Negative", "SEGA", "SLD", "StableDiffusion", "Step", "detect", "load", "sample",
-]  # fmt: skip
+# Names are looked up when they are used: torch takes seconds to import, and `sample.py --help` should not wait for it.
+_HOME = {
+    "CFG": "guidance", "DAG": "guidance", "Guidance": "guidance", "Negative": "evaluation.baselines",
+    "SEGA": "evaluation.baselines", "SLD": "evaluation.baselines", "GuidelineTokens": "tokens", "Hook": "attention", "StableDiffusion": "model", "load": "model",
+    "Step": "sampling", "detect": "sampling", "sample": "sampling",
+}  # fmt: skip
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'dag' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+try:
+    importlib.metadata.version("kernels")  # a Hugging Face package with the name of our folder
+except importlib.metadata.PackageNotFoundError:
+    pass
+else:
+    from . import text  # noqa: F401  it keeps transformers from mixing them up, whatever is imported first

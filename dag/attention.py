@@ -1,17 +1,51 @@
-"""Attention of SD 1.4's UNet. Parameter names are the checkpoint's; this is the file to fork for other attention.
+"""Attention of SD 1.4's UNet, and the hooks that may look into it. Parameter names are the checkpoint's.
 
-Letters, here and everywhere: b batch rows, h heads, n pixels of one layer (height*width), m text tokens, d channels of
-one head, c = h*d channels, K concept rows of guideline tokens (beside the background row).
-Source: CompVis ldm/modules/attention.py; the maps are method Eq. 1 (see `guideline_maps`).
+This is the file to fork for other attention. It knows no kernel and no method: what a method wants from a layer it
+asks for with a `Hook`.
+
+Letters, here and everywhere: b batch rows, h heads, n pixels of one layer (height * width), m text tokens, d channels
+per head, c = h*d channels. Source: CompVis ldm/modules/attention.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UNetConfig
+
+NO_ROWS = slice(0, 0)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one UNet call is for. Its batch rows are unconditional, conditional or safety rows, in this order."""
+
+    i: int  # step of the loop, from 0
+    t: int  # timestep
+    uncond: slice  # rows of the empty prompt, or of what stands in its place
+    cond: slice  # rows of the prompts
+    safety: slice  # rows of one concept's safety text
+    images: tuple[int, ...] = ()  # the image of each safety row
+    concept: int | None = None  # whose safety text it is
+
+
+class Hook:
+    """What may happen inside the cross-attention layers of a UNet call. Both methods do nothing by default.
+
+    The loop sets `call` before every UNet call, the safety one too. Several hooks combine: every one is asked about
+    every layer, the first answer to `attention` stands, and the outputs go through `output` from hook to hook.
+    """
+
+    call = Call(0, 0, NO_ROWS, slice(None), NO_ROWS)  # outside a loop every row is conditional
+
+    def attention(self, layer: "CrossAttention", q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Take the place of `cross_attention`: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d), or None."""
+
+    def output(self, layer: "CrossAttention", out: Tensor) -> Tensor:
+        """Edit what the layer hands on: (b, n, c) -> (b, n, c)."""
+        return out
 
 
 def split_heads(x: Tensor, h: int) -> Tensor:
@@ -24,61 +58,14 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def guideline_maps(q: Tensor, dk: Tensor) -> Tensor:
-    """How much each pixel attends to each concept row rather than to the background row, averaged over heads.
-
-    q (b, h, n, d) are the layer's queries; dk (h, K, d) are the guideline keys of the K concept rows minus the
-    background row's, over sqrt(d). Returns (b, K, n) float32 in (0, 1).
-    One concept row against the background row is a softmax of two, which is a sigmoid of the difference:
-    softmax([q.k_0, q.k_k] / sqrt(d))_1 = sigmoid(q.(k_k - k_0) / sqrt(d))  (paper Eq. 1 with OVAM's background row).
-    """
-    return torch.sigmoid(q.float() @ dk.float().transpose(1, 2)).mean(1).transpose(1, 2)  # (b, h, n, K) -> (b, K, n)
-
-
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The main attention: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d).
+    """The main attention, softmax(q k^T / sqrt(d)) v: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d).
 
-    Fork here; where the probabilities themselves are wanted, the same is
+    Fork here. Where the probabilities themselves are wanted, the same is
         p = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)  # (b, h, n, m)
         return p @ v
-    The fused kernel has its own copy of this formula and of `guideline_maps`: a fork uses attention "plain".
     """
-    return F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
-
-
-def cross_attention_with_maps(
-    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice | Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The same, and the guideline maps of some batch rows, for dk (h, K, d): (b, h, n, d) and (rows, K, n) float32.
-
-    This is the plain one: it runs everywhere, and kernels/cross_attention.py, which reads q once, is tested against it.
-    """
-    return cross_attention(q, k, v), guideline_maps(q[rows], dk)
-
-
-def implementation(choice: str, device: torch.device, dtype: torch.dtype, K: int = 1, d: int = 1) -> Callable:
-    """The function that computes both: for "plain" the one above, for "fused" the kernel, for "auto" by the rule below.
-
-    device, dtype: of the queries; K: concept rows; d: channels of a head. Raises ValueError where "fused" cannot run.
-    """
-    # The rule. The compiled kernel has never run on a GPU: once `python -m kernels.bench` has passed on one, let "auto"
-    # be device.type == "cuda". Where the kernel cannot run, "auto" is plain in any case.
-    rule = {"auto": False, "plain": False, "fused": True}
-    if choice not in rule:
-        raise ValueError(f"attention is '{choice}', expected {', '.join(rule)}")
-    if not rule[choice]:
-        return cross_attention_with_maps
-    try:
-        from kernels import cross_attention as kernel  # here: it needs triton, this package does not
-
-        obstacle = kernel.obstacle(device, dtype, K, d)
-    except ImportError as e:
-        obstacle = f"kernels/cross_attention.py cannot be imported ({e})"
-    if obstacle is None:
-        return kernel.cross_attention_with_maps
-    if choice == "fused":
-        raise ValueError(f"the fused kernel cannot run: {obstacle}; use auto or plain")
-    return cross_attention_with_maps
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class SelfAttention(nn.Module):
@@ -99,11 +86,14 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every pixel looks at the text, and if a probe asks at guideline tokens: (b, n, c), (b, m, c_text) -> (b, n, c).
+    """Every pixel looks at the text: (b, n, c), (b, m, c_text) -> (b, n, c).
 
-    The probe never touches the output: the main attention is the same call with and without it, so a picture in which
-    nothing is found is bit for bit the unguided one. (With the fused kernel, which is another call: within rounding.)
+    The UNet gives each layer its `name`, as in the state dict, and its `factor`: how many times smaller than the
+    latent its grid is, per side.
     """
+
+    name: str
+    factor: int
 
     def __init__(self, channels: int, cfg: UNetConfig):
         super().__init__()
@@ -113,27 +103,29 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(cfg.context_dim, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor, probe=None) -> Tensor:  # probe: cam.Probe or cam.QueryCache
+    def forward(self, x: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
         q = split_heads(self.to_q(x), self.num_heads)  # (b, h, n, d)
         k = split_heads(self.to_k(context), self.num_heads)  # (b, h, m, d)
         v = split_heads(self.to_v(context), self.num_heads)  # (b, h, m, d)
-        dk = None if probe is None else probe.see(self, q)  # (h, K, d) if it wants maps of this layer
-        if dk is None:
+        answers = [hook.attention(self, q, k, v) for hook in hooks]
+        out = next((answer for answer in answers if answer is not None), None)
+        if out is None:
             out = cross_attention(q, k, v)  # (b, h, n, d)
-        else:
-            out, probe.seen[self] = probe.attention(q, k, v, dk, probe.rows)  # (b, h, n, d), (rows, K, n)
-        return self.to_out(merge_heads(out))  # (b, n, c)
+        out = self.to_out(merge_heads(out))  # (b, n, c)
+        for hook in hooks:
+            out = hook.output(self, out)
+        return out
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the exact GELU of another: (..., a) -> (..., b)."""
+    """A linear layer gated by the exact GELU of another: (..., dim_in) -> (..., dim_out)."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
         self.proj = nn.Linear(dim_in, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)  # (..., b) each
+        x, gate = self.proj(x).chunk(2, dim=-1)  # (..., dim_out) each
         return x * F.gelu(gate)
 
 
@@ -160,9 +152,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels, cfg.eps_layer)
         self.norm3 = nn.LayerNorm(channels, cfg.eps_layer)
 
-    def forward(self, x: Tensor, context: Tensor, probe=None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context, probe)
+        x = x + self.attn2(self.norm2(x), context, hooks)
         return x + self.ff(self.norm3(x))
 
 
@@ -176,9 +168,9 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, cfg)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, probe=None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
         y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (b, n, c)
         for block in self.transformer_blocks:
-            y = block(y, context, probe)
+            y = block(y, context, hooks)
         y = y.transpose(1, 2).unflatten(2, x.shape[2:])  # (b, c, height, width)
         return x + self.proj_out(y)

@@ -1,89 +1,122 @@
-"""Detection: guideline cross-attention maps (CAM), from the queries the UNet computes anyway.
+"""Detection: from the queries that the UNet computes anyway to the map A of every concept.
 
-    map of a layer   (b, K, n)         guideline_maps in attention.py, on the conditional rows
-    -> its grid      (b, K, H/f, W/f)
-    -> latent grid   (b, K, H, W)      bilinear, then the mean over layers, in (0, 1)
-    -> raw map       (b, H, W)         a concept's K rows in one: their mean or minimum (tokens.py)
-    -> A             (b, H, W)         normalised to [0, 1] (tokens.py)
+    queries of a layer  (b, h, n, d)   seen by `Probe`, a hook, on the conditional rows
+    -> map of a layer   (b, K, n)      `guideline_maps`, in (0, 1); K concept rows of guideline tokens
+    -> latent grid      (b, K, H, W)   `combine`: bilinear, then the mean over the layers
+    -> raw map          (b, H, W)      `raw_map`: the K rows in one, their mean or minimum
+    -> A                (b, H, W)      `normalise` to [0, 1]
 
+`Probe.read` goes from the second line to the last and stacks the concepts: A (b, concepts, H, W).
 Source: paper section 3.1, Eq. 1; OVAM for the background row.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import CrossAttention, implementation
+from .attention import NO_ROWS, CrossAttention, Hook, cross_attention
+from .tokens import GuidelineTokens, Reading
 from .unet import UNet
 
-
-def probed_layers(unet: UNet, factors: tuple[int, ...]) -> dict[CrossAttention, int]:
-    """The cross-attention layers on the latent grid divided by one of `factors`, each with its factor."""
-    return {layer: f for f, layer in unet.cross_attention() if f in factors}
+# q, k, v, dk, batch rows -> the main attention (b, h, n, d) and the mean map over heads (rows, K, n) of these rows.
+AttentionWithMaps = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
 
 
-class Probe:
-    """What a UNet call is given to read the maps of one or several concepts' guideline tokens.
+def layers_of(unet: UNet, reading: Reading) -> list[CrossAttention]:
+    """The cross-attention layers that a reading names, in the order they run."""
+    return [layer for layer in unet.cross_attention() if {layer.factor, layer.name} & set(reading.layers)]
 
-    embeddings: one (1+K, c_text) a concept; factors: the layers looked at, by how much smaller their grid is than the
-    latent's; rows: the rows of the batch looked at; attention: auto, plain or fused (attention.py). The
-    guideline keys depend on model and tokens only and are computed once, here. A UNet call fills the probe; `maps` then
-    tells what was seen.
+
+def guideline_keys(layer: CrossAttention, c: Tensor) -> Tensor:
+    """Guideline embedding c (1+K, c_text) -> (h, K, d): (k_k - k_0) / sqrt(d), with k = to_k(c).
+
+    In c's dtype and on its device, whatever the layer's are: the difference of two keys is small. A wrapped to_k works.
     """
-
-    def __init__(
-        self,
-        unet: UNet,
-        embeddings: list[Tensor],
-        factors: tuple[int, ...],
-        rows: slice = slice(None),
-        attention: str = "auto",
-    ):
-        self.rows = rows
-        self.counts = [len(c) - 1 for c in embeddings]  # concept rows K of each concept
-        self.layers = probed_layers(unet, factors)
-        self.keys: dict[CrossAttention, Tensor] = {}  # (h, sum of K, d) each
-        for layer in self.layers:
-            with torch.no_grad():
-                dk = [key_differences(layer, c) for c in embeddings]
-            self.keys[layer] = torch.cat(dk, dim=1).to(layer.to_k.weight)  # device and dtype of the other keys
-        self.seen: dict[CrossAttention, Tensor] = {}  # (rows, sum of K, n) each
-        weight, d = unet.out[2].weight, max((dk.shape[-1] for dk in self.keys.values()), default=1)
-        self.attention = implementation(attention, weight.device, weight.dtype, sum(self.counts), d)
-
-    def see(self, layer: CrossAttention, q: Tensor) -> Tensor | None:
-        """Called by every cross-attention layer with its queries (b, h, n, d): which guideline keys to look for."""
-        return self.keys.get(layer)
-
-    def maps(self, H: int, W: int) -> tuple[Tensor, ...]:
-        """The last UNet call's maps of every concept's rows, (rows, K, H, W) float32 in (0, 1) each."""
-        seen = [self.seen[layer] for layer in self.layers]
-        return combine(seen, list(self.layers.values()), H, W).split(self.counts, dim=1)
-
-
-class QueryCache:
-    """A probe that keeps the queries themselves, for the optimisation: `queries[layer]` (b, h, n, d).
-
-    In half precision and on the CPU: 8 pictures at 25 noise levels of SD 1.4 are 2 GB of them.
-    """
-
-    def __init__(self, unet: UNet, factors: tuple[int, ...]):
-        self.layers = probed_layers(unet, factors)
-        self.queries: dict[CrossAttention, Tensor] = {}
-
-    def see(self, layer: CrossAttention, q: Tensor) -> None:
-        """Called by every cross-attention layer with its queries (b, h, n, d); no maps are wanted."""
-        if layer in self.layers:
-            self.queries[layer] = q.to("cpu", torch.float16)
-
-
-def key_differences(layer: CrossAttention, c: Tensor) -> Tensor:
-    """Guideline embedding c (1+K, c_text) -> (h, K, d) float32, on c's device: (k_k - k_0) / sqrt(d), k = W_K c."""
-    k = F.linear(c, layer.to_k.weight.to(c)).unflatten(-1, (layer.num_heads, -1)).transpose(0, 1)  # (h, 1+K, d)
+    state = {name: p.to(c) if p.is_floating_point() else p for name, p in layer.to_k.state_dict().items()}
+    k = torch.func.functional_call(layer.to_k, state, c).unflatten(-1, (layer.num_heads, -1))  # (1+K, h, d)
+    k = k.transpose(0, 1)  # (h, 1+K, d)
     return (k[:, 1:] - k[:, :1]) / k.shape[-1] ** 0.5
 
 
+def guideline_maps(q: Tensor, dk: Tensor, heads: str = "mean") -> Tensor:
+    """How much each pixel attends to each concept row rather than to the background row, over all heads.
+
+    q (b, h, n, d) are the layer's queries, dk (h, K, d) its `guideline_keys`; heads: their "mean" or "max".
+    Returns (b, K, n) float32 in (0, 1).
+    One concept row against the background row is a softmax of two, which is a sigmoid of the difference:
+    softmax([q.k_0, q.k_k] / sqrt(d))_1 = sigmoid(q.(k_k - k_0) / sqrt(d))  (paper Eq. 1 with OVAM's background row).
+    """
+    maps = torch.sigmoid(q.float() @ dk.float().transpose(1, 2))  # (b, h, n, K)
+    return (maps.mean(1) if heads == "mean" else maps.amax(1)).transpose(1, 2)  # (b, K, n)
+
+
+def attention_with_maps(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The main attention and the maps of some batch rows, as the fused kernel gives them: (b, h, n, d), (rows, K, n)."""
+    return cross_attention(q, k, v), guideline_maps(q[rows], dk)
+
+
 def combine(maps: list[Tensor], factors: list[int], H: int, W: int) -> Tensor:
-    """Maps of layers (b, K, n_layer), on grids of H/f x W/f -> mean over layers on the latent grid, (b, K, H, W)."""
+    """Maps of layers (b, K, n), on grids of H/f x W/f -> mean over layers on the latent grid, (b, K, H, W)."""
     grids = [a.unflatten(2, (H // f, W // f)) for a, f in zip(maps, factors, strict=True)]  # (b, K, H/f, W/f)
     return torch.stack([F.interpolate(a, (H, W), mode="bilinear", align_corners=False) for a in grids]).mean(0)
+
+
+def raw_map(tokens: GuidelineTokens, maps: Tensor) -> Tensor:
+    """The maps of the K rows (b, K, H, W) -> the raw map (b, H, W), in (0, 1)."""
+    return maps.mean(1) if tokens.reduce == "mean" else maps.amin(1)
+
+
+def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
+    """Raw map (b, H, W) at timestep t -> A (b, H, W) in [0, 1].
+
+    Optimised tokens carry constants: A = clamp((raw - lo) / (hi - lo), 0, 1). Tokens that were not optimised have none
+    and use OVAM's joint min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. OVAM takes it
+    over all pictures of a call. Here each picture has its own, so that it does not depend on its neighbours.
+    """
+    if tokens.levels:
+        lo, hi = tokens.limits(t)
+        return ((raw - lo) / (hi - lo)).clamp(0, 1)
+    low = torch.minimum(raw, 1 - raw).amin((1, 2), keepdim=True)  # (b, 1, 1)
+    return (raw - low) / (1 - 2 * low).clamp(min=1e-6)
+
+
+def detect_rows(tokens: GuidelineTokens, maps: Tensor, t: int) -> Tensor:
+    """The maps of the K rows (b, K, H, W) at timestep t -> A (b, H, W)."""
+    return normalise(tokens, raw_map(tokens, maps), t)
+
+
+class Probe(Hook):
+    """Records the maps of one or several concepts' guideline tokens during a UNet call; `read` tells what was seen.
+
+    tokens: one set per concept, all with the same reading. fused: the kernel, which computes the main attention too;
+    None: plain PyTorch, which leaves the main attention alone. The guideline keys depend on model and tokens only and
+    are computed once, here.
+    """
+
+    def __init__(self, unet: UNet, tokens: Sequence[GuidelineTokens], fused: AttentionWithMaps | None = None):
+        self.tokens, self.fused, self.reading = tokens, fused, tokens[0].reading
+        weight = unet.out[2].weight  # its device and dtype are those of all keys
+        with torch.no_grad():
+            self.dk = {
+                layer: torch.cat([guideline_keys(layer, c.embedding) for c in tokens], dim=1).to(weight)
+                for layer in layers_of(unet, self.reading)
+            }  # (h, sum of K, d) each
+        self.maps: dict[CrossAttention, Tensor] = {}  # (b, sum of K, n) each
+
+    def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        if layer not in self.dk or self.call.cond == NO_ROWS:
+            return None
+        if self.fused is None:
+            self.maps[layer] = guideline_maps(q[self.call.cond], self.dk[layer], self.reading.heads)  # (b, sum of K, n)
+            return None
+        rows = list(range(len(q)))[self.call.cond]
+        out, self.maps[layer] = self.fused(q, k, v, self.dk[layer], rows)  # (b, h, n, d), (rows, sum of K, n)
+        return out
+
+    def read(self, t: int, H: int, W: int) -> Tensor:
+        """What the last UNet call saw: A (b, concepts, H, W) in [0, 1], for its timestep t and latent grid H x W."""
+        maps = combine([self.maps[layer] for layer in self.dk], [layer.factor for layer in self.dk], H, W)
+        own = maps.split([len(c.embedding) - 1 for c in self.tokens], dim=1)  # (b, K, H, W) per concept
+        return torch.stack([detect_rows(c, a, t) for c, a in zip(self.tokens, own, strict=True)], 1)

@@ -3,10 +3,15 @@
 Letters: t and t_prev are indices 0..999 into the schedule, t_prev < t; abar_t = alphas_cumprod[t].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .config import ScheduleConfig
+
+# (x, eps, t, t_prev, denoise) -> x at t_prev and the predicted x0. denoise(x, t) is the guided estimate at another point.
+Solver = Callable[[Tensor, Tensor, int, int, Callable[[Tensor, int], Tensor]], tuple[Tensor, Tensor]]
 
 
 def alphas_cumprod(cfg: ScheduleConfig) -> Tensor:
@@ -39,7 +44,17 @@ def add_noise(x0: Tensor, noise: Tensor, abar_t: Tensor) -> Tensor:
     return abar_t.sqrt() * x0 + (1 - abar_t).sqrt() * noise
 
 
+def predict_x0(x: Tensor, eps: Tensor, abar_t: Tensor) -> Tensor:
+    """The final latent as the noise estimate eps predicts it from x, all (b, 4, H, W)."""
+    return (x - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+
+
 def step(x: Tensor, eps: Tensor, abar_t: Tensor, abar_prev: Tensor) -> tuple[Tensor, Tensor]:
     """One step from t to t_prev: x and the noise estimate eps (b, 4, H, W) -> x at t_prev and the predicted x0."""
-    x0 = (x - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
+    x0 = predict_x0(x, eps, abar_t)
     return abar_prev.sqrt() * x0 + (1 - abar_prev).sqrt() * eps, x0
+
+
+def solver(alphas_cumprod: Tensor) -> Solver:
+    """DDIM as the loop in sampling.py wants it."""
+    return lambda x, eps, t, t_prev, denoise: step(x, eps, alphas_cumprod[t], alphas_cumprod[t_prev])

@@ -1,29 +1,58 @@
-"""How noise estimates are combined: five methods, each a short piece of arithmetic with the same interface.
+"""Guidance methods: how the noise estimates of one step are combined.
 
-    CFG        eps_0 + s_g (eps_p - eps_0)
-    Negative   the same with the safety text in the place of the empty prompt
-    SLD        eps_0 + s_g [(eps_p - eps_0) - mu (eps_s - eps_0)]          mu from eps_p - eps_s, with momentum
-    SEGA       eps_0 + s_g (eps_p - eps_0) - s_e M (eps_s - eps_0)         M its largest values, with momentum
-    DAG        eps_0 + s_g [(eps_p - eps_0) - S M (eps_s - eps_0)]         S from where the tokens see the concept
+    Guidance   eps_0 + s_g (eps_p - eps_0)                             classifier-free guidance, the base of all
+    DAG        eps_0 + s_g [(eps_p - eps_0) - S M (eps_s - eps_0)]     S from where the tokens see the concept
 
 Letters: eps_0, eps_p, eps_s are the estimates for the empty prompt, the prompt and the safety text; s_g is the guidance
-scale, s_e SEGA's; mu SLD's weights, nu a momentum; A the detection map, S the strength, M the mask. Everything here is
-float32 arithmetic on (b, 4, H, W).
+scale, A the detection map, S the strength, M the mask. Everything here is float32 arithmetic on (b, 4, H, W).
+The methods that DAG is compared with are in evaluation/baselines.py, written against the same interface.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .cam import Probe
-from .config import DAGConfig
+from . import ddim
+from .attention import Hook
+from .cam import AttentionWithMaps, Probe
+from .config import DAGConfig, Scaling
 from .scalers import scale_map
 from .tokens import GuidelineTokens
 
-# safety_eps(concept, images): eps_s of that concept for those images, (len(images), 4, H, W); a UNet row for each.
-SafetyEps = Callable[[int, list[int]], Tensor]
+# A (b, concepts, H, W) and each concept's constants -> S (b, concepts, H, W)
+Scaler = Callable[[Tensor, list[Scaling]], Tensor]
+
+
+@dataclass
+class Inputs:
+    """Everything a method may use at one step of b images. What it does not ask for costs nothing."""
+
+    i: int  # step, from 0
+    t: int  # timestep
+    x: Tensor  # (b, 4, H, W) latent before the step
+    s_g: float  # guidance scale
+    eps_0: Tensor  # (b, 4, H, W)
+    eps_p: Tensor  # (b, 4, H, W)
+    A: Tensor | None  # (b, concepts, H, W) in [0, 1], what this step's probe saw; None without a probe
+    context: Tensor  # (2b, m, c_text): the rows of eps_0, then those of eps_p
+    abar_t: Tensor  # () of the noise schedule
+    # safety(concept, images) -> eps_s of that concept for those images, (images, 4, H, W); one UNet row each
+    safety: Callable[[int, list[int]], Tensor]
+    # denoise(x, t) -> eps_0 and eps_p at another latent or time; two UNet rows per image. Differentiable in x under
+    # torch.enable_grad().
+    denoise: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+    @property
+    def cfg_eps(self) -> Tensor:
+        """The estimate of classifier-free guidance, (b, 4, H, W)."""
+        return self.eps_0 + self.s_g * (self.eps_p - self.eps_0)
+
+    def x0(self, eps: Tensor | None = None) -> Tensor:
+        """The final latent as eps (default: plain guidance) predicts it, (b, 4, H, W)."""
+        return ddim.predict_x0(self.x, self.cfg_eps if eps is None else eps, self.abar_t)
 
 
 @dataclass
@@ -31,131 +60,50 @@ class Estimate:
     """What a method makes of one step."""
 
     eps: Tensor  # (b, 4, H, W)
-    A: Tensor | None  # (b, concepts, H, W) in [0, 1], this step's own maps; None for methods without maps
-    S: Tensor | None  # (b, H, W); may stem from an earlier step's map (DAGConfig.memory)
-    guided: Tensor  # (b,) bool: images that this step pushes away from a safety text
+    A: Tensor | None = None  # (b, concepts, H, W) in [0, 1], the maps it acted on (DAG's memory is in them)
+    S: Tensor | None = None  # (b, H, W) strength
+    guided: Tensor | None = None  # (b,) bool: images that this step pushes away from something; None: no image
 
 
-class CFG:
-    """Classifier-free guidance: eps = eps_0 + s_g (eps_p - eps_0)."""
+class Guidance:
+    """The base of all methods; itself classifier-free guidance: eps = eps_0 + s_g (eps_p - eps_0).
+
+    A method object holds constants and serves any number of loops. `start` gives each loop a copy of its own, and that
+    copy holds what changes from step to step. A subclass overrides what it needs: `embed` to change the context,
+    `start` to bring hooks, a probe and its state, `__call__` for the arithmetic, `end` to let go of things.
+    State is rebound (self.nu = ...), never changed in place: a solver that looks ahead calls a copy of the copy.
+    """
 
     uncond_text: str = ""  # what eps_0 is the estimate for
-    safety_texts: tuple[str, ...] = ()  # one a concept
+    safety_texts: tuple[str, ...] = ()  # one per concept
     tokens: tuple[GuidelineTokens, ...] = ()  # of the concepts that are looked for
+    cfg: DAGConfig | None = None  # constants of what it does with maps; None: the model's
+    hooks: tuple[Hook, ...] = ()  # for every UNet call of a loop
+    probe: Probe | None = None  # the hook that A is read from
 
-    def start(self, sd, conditional: slice) -> Probe | None:
-        """Called once before the loop, whose state it resets: a method serves one loop at a time.
+    def embed(self, sd, prompts: list[str]) -> Tensor:
+        """The context (2b, m, c_text): the rows of eps_0, then those of eps_p."""
+        return sd.text.encode([self.uncond_text] * len(prompts) + prompts)
 
-        Returns the probe the UNet is given, which looks at the conditional rows.
-        """
-        return None
+    def start(self, sd, prompts: list[str]) -> "Guidance":
+        """A copy for one loop, with its context, the safety texts' context, and nothing remembered."""
+        run = copy.copy(self)
+        run.context = run.embed(sd, prompts)  # (2b, m, c_text)
+        run.safety = sd.text.encode(list(run.safety_texts)) if run.safety_texts else None  # (concepts, m, c_text)
+        return run
 
-    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
-        """Step i (from 0) at timestep t."""
-        eps = eps_0 + s_g * (eps_p - eps_0)
-        return Estimate(eps, None, None, torch.full((len(eps),), self.uncond_text != ""))
+    def __call__(self, step: Inputs) -> Estimate:
+        """One step; called once per step, in order."""
+        return Estimate(step.cfg_eps)
 
-
-class Negative(CFG):
-    """The negative prompt: classifier-free guidance away from the safety text instead of the empty prompt."""
-
-    def __init__(self, safety_text: str):
-        self.uncond_text = safety_text
-
-
-class SLD(CFG):
-    """Safe Latent Diffusion (Schramowski et al. 2023, Eq. 3 to 8).
-
-    eps = eps_0 + s_g [(eps_p - eps_0) - g],  g = mu (eps_s - eps_0) + momentum * nu
-    mu  = min(1, scale |eps_p - eps_s|) where eps_p - eps_s < threshold, else 0
-    nu <- beta nu + (1 - beta) g, during warm-up too; nu is kept per image
-
-    Raises ValueError for a negative warm-up, or a threshold or momentum factors outside [0, 1].
-    """
-
-    # Its authors' presets. Weak's scale is 200 in the scripts that unlearning papers run and 20 in diffusers; 200 here.
-    PRESETS = {
-        "weak": dict(warmup=15, scale=200.0, threshold=0.0, momentum=0.0, beta=0.0),
-        "medium": dict(warmup=10, scale=1000.0, threshold=0.01, momentum=0.3, beta=0.4),
-        "strong": dict(warmup=7, scale=2000.0, threshold=0.025, momentum=0.5, beta=0.7),
-        "max": dict(warmup=0, scale=5000.0, threshold=1.0, momentum=0.5, beta=0.7),
-    }
-
-    def __init__(
-        self,
-        safety_text: str,
-        warmup: int = 10,
-        scale: float = 1000.0,
-        threshold: float = 0.01,
-        momentum: float = 0.3,
-        beta: float = 0.4,
-    ):
-        check(warmup, threshold=threshold, momentum=momentum, beta=beta)
-        self.safety_texts = (safety_text,)
-        self.warmup, self.scale, self.threshold, self.momentum, self.beta = warmup, scale, threshold, momentum, beta
-
-    @classmethod
-    def preset(cls, name: str, safety_text: str) -> "SLD":
-        """One of its authors' four strengths. Raises ValueError for another name."""
-        if name not in cls.PRESETS:
-            raise ValueError(f"SLD has no preset '{name}', expected one of {', '.join(cls.PRESETS)}")
-        return cls(safety_text, **cls.PRESETS[name])
-
-    def start(self, sd, conditional: slice) -> None:
-        self.nu = 0.0  # becomes (b, 4, H, W)
-
-    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
-        everyone = list(range(len(eps_0)))
-        eps_s = safety_eps(0, everyone)
-        mu = (self.scale * (eps_p - eps_s).abs()).clamp(max=1)  # Eq. 6
-        mu = torch.where(eps_p - eps_s < self.threshold, mu, 0.0)
-        g = mu * (eps_s - eps_0) + self.momentum * self.nu  # Eq. 4, 7
-        self.nu = self.beta * self.nu + (1 - self.beta) * g  # Eq. 8
-        active = i >= self.warmup
-        eps = eps_0 + s_g * (eps_p - eps_0 - (g if active else 0))  # Eq. 3
-        return Estimate(eps, None, None, torch.full((len(eps),), active))
+    def end(self) -> None:
+        """Called on the loop's copy when its loop ends, however it ends."""
 
 
-class SEGA(CFG):
-    """Semantic Guidance (Brack et al. 2023, Eq. 6 to 9 as its authors' code counts them) with every concept removed.
-
-    eps = eps_0 + s_g (eps_p - eps_0) + g,  g = sum of the concepts' terms + momentum * nu
-    A concept's term is -scale (eps_s - eps_0) where its size reaches the `threshold` quantile per channel, else 0.
-    nu <- beta nu + (1 - beta) g, during warm-up too. As in its authors' code g stands outside s_g.
-
-    Raises ValueError for no concept, a negative warm-up, or a threshold or momentum factors outside [0, 1].
-    """
-
-    def __init__(
-        self,
-        *safety_texts: str,
-        scale: float = 5.0,
-        warmup: int = 10,
-        threshold: float = 0.9,
-        momentum: float = 0.1,
-        beta: float = 0.4,
-    ):
-        if not safety_texts:
-            raise ValueError("SEGA was given no safety text, expected one a concept")
-        check(warmup, threshold=threshold, momentum=momentum, beta=beta)
-        self.safety_texts = safety_texts
-        self.scale, self.warmup, self.threshold, self.momentum, self.beta = scale, warmup, threshold, momentum, beta
-
-    def start(self, sd, conditional: slice) -> None:
-        self.nu = 0.0  # becomes (b, 4, H, W)
-
-    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
-        everyone, g = list(range(len(eps_0))), self.momentum * self.nu  # Eq. 7
-        for concept in range(len(self.safety_texts)):
-            term = -self.scale * (safety_eps(concept, everyone) - eps_0)  # (b, 4, H, W)
-            g = g + term * largest(term, 1 - self.threshold)  # Eq. 6; the sum over concepts is Eq. 9
-        self.nu = self.beta * self.nu + (1 - self.beta) * g  # Eq. 8
-        active = i >= self.warmup
-        eps = eps_0 + s_g * (eps_p - eps_0) + (g if active else 0)
-        return Estimate(eps, None, None, torch.full((len(eps),), active))
+CFG = Guidance  # its name in the field
 
 
-class DAG(CFG):
+class DAG(Guidance):
     """Detect-and-Guide: where the tokens see the concept, push away from the safety text (paper Eq. 4, Table 1).
 
     eps = eps_0 + s_g [(eps_p - eps_0) - S M (eps_s - eps_0)],  M = 1[A >= edit] M_base
@@ -167,10 +115,11 @@ class DAG(CFG):
     The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
     bit. There is no momentum: with it, what is not detected would change too. But what was found can be remembered
     (ours; cfg.memory, `remember`). Without it a half-changed object is no longer found and the prompt pulls it back.
-    cfg: its constants; default the model's (paper's for SD 1.4). attention: how the maps are computed, auto, plain or
-    fused (implementation in attention.py).
-    Raises ValueError for an unknown base, constants out of range, tokens of different models, that read different
-    layers or of one concept twice, and at the start TokenError for tokens that the model cannot read.
+
+    safety_text: instead of the tokens' own. cfg: its constants; default the model's (the paper's for SD 1.4).
+    scaler: another strength, from A. fused: the kernel (kernels/choice.py), None for plain PyTorch.
+    Raises ValueError for an unknown base, constants out of range, tokens of different models, with different readings
+    or of one concept twice, and at the start TokenError for tokens that the model cannot read.
     """
 
     def __init__(
@@ -179,14 +128,15 @@ class DAG(CFG):
         safety_text: str | None = None,
         base: str = "sega",
         cfg: DAGConfig | None = None,
-        attention: str = "auto",
+        scaler: Scaler = scale_map,
+        fused: AttentionWithMaps | None = None,
     ):
         if base not in ("sega", "sld", "none"):
             raise ValueError(f"mask base is '{base}', expected sega, sld or none")
         if cfg is not None:
             shares = {"top": cfg.top, "threshold": cfg.threshold, "memory": cfg.memory}
             scaling = cfg.scaling
-            check(cfg.warmup, **shares, edit=scaling.edit, unsafe=scaling.unsafe, min_area=scaling.min_area)
+            check_constants(cfg.warmup, **shares, edit=scaling.edit, unsafe=scaling.unsafe, min_area=scaling.min_area)
             if not 0 < scaling.edit:
                 raise ValueError("edit is 0, expected more: T divides by it")
             for name in ("area_gain", "magnitude", "s_max"):
@@ -194,94 +144,72 @@ class DAG(CFG):
                 if value is not None and not 0 < value < float("inf"):
                     raise ValueError(f"{name} is {value}, expected a positive number")
         if not tokens:
-            raise ValueError("DAG was given no guideline tokens, expected one set a concept")
-        if len({c.factors for c in tokens}) != 1:
-            raise ValueError(f"{len(tokens)} token files that read layers of different factors; train them alike")
+            raise ValueError("DAG was given no guideline tokens, expected one set per concept")
+        if len({c.reading for c in tokens}) != 1:
+            raise ValueError(f"{len(tokens)} token files with different readings (layers or heads); train them alike")
         if len({c.fingerprint for c in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that were trained on different models; train them on one")
         names = [c.concept for c in tokens]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"several token files of '{twice[0]}'; expected one a concept")
-        self.tokens, self.base, self.given, self.attention = tokens, base, cfg, attention
+            raise ValueError(f"several token files of '{twice[0]}'; expected one per concept")
+        self.tokens, self.base, self.cfg, self.scaler, self.fused = tokens, base, cfg, scaler, fused
         self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
 
-    def start(self, sd, conditional: slice) -> Probe:
+    def start(self, sd, prompts: list[str]) -> "DAG":
         for c in self.tokens:
             c.check(sd)
-        self.cfg = sd.config.dag if self.given is None else self.given
-        self.remembered = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
-        embeddings, factors = [c.embedding for c in self.tokens], self.tokens[0].factors
-        self.probe = Probe(sd.unet, embeddings, factors, conditional, self.attention)
-        return self.probe
+        run = super().start(sd, prompts)
+        run.cfg = sd.config.dag if self.cfg is None else self.cfg
+        run.scalings = [c.adapt(run.cfg.scaling) for c in self.tokens]
+        run.remembered = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
+        run.probe = Probe(sd.unet, self.tokens, self.fused)
+        run.hooks = (run.probe,)
+        return run
 
-    def __call__(self, i: int, t: int, eps_0: Tensor, eps_p: Tensor, s_g: float, safety_eps: SafetyEps) -> Estimate:
-        eps = eps_0 + s_g * (eps_p - eps_0)
-        maps = self.probe.maps(*eps.shape[2:])  # (b, K, H, W) a concept
-        A = [c.detect(a, t) for c, a in zip(self.tokens, maps, strict=True)]  # (b, H, W) a concept
-        A = torch.stack(A, 1)  # (b, concepts, H, W)
-        self.remembered = remember(A, self.remembered, self.cfg)
-        scalings = [c.scaling(self.cfg.scaling) for c in self.tokens]
-        S = [torch.stack([scale_map(a, s) for a, s in zip(image, scalings, strict=True)]) for image in self.remembered]
-        S = torch.stack(S)  # (b, concepts, H, W)
-        acting = (S + 1e-3 * self.remembered).argmax(1)  # (b, H, W); of equal S, at s_max, the surer one acts
-        own = S * (acting[:, None] == torch.arange(S.shape[1], device=S.device)[:, None, None])  # (b, concepts, H, W)
-        active = (own.flatten(2).amax(2) > 0).cpu() & (i >= self.cfg.warmup)  # (b, concepts)
+    def __call__(self, step: Inputs) -> Estimate:
+        eps = step.cfg_eps
+        self.remembered = A = remember(step.A, self.remembered, self.cfg)  # (b, concepts, H, W)
+        S = self.scaler(A, self.scalings)  # (b, concepts, H, W)
+        acting = (S + 1e-3 * A).argmax(1, keepdim=True)  # (b, 1, H, W); ties at s_max go to the larger A
+        S = torch.where(acting == torch.arange(S.shape[1], device=S.device)[:, None, None], S, 0.0)
+        active = (S.flatten(2).amax(2) > 0).cpu() & (step.i >= self.cfg.warmup)  # (b, concepts)
         for k in range(len(self.tokens)):
             images = active[:, k].nonzero()[:, 0].tolist()
             if images:
-                safety = safety_eps(k, images) - eps_0[images]  # (images, 4, H, W)
-                M = self.mask(safety, eps_p[images] - eps_0[images])  # (images, 4, H, W)
-                eps[images] = eps[images] - s_g * own[images, k, None] * M * safety  # Eq. 4, as Table 1 has it
+                safety = step.safety(k, images) - step.eps_0[images]  # (images, 4, H, W)
+                M = self.mask(safety, step.eps_p[images] - step.eps_0[images])  # (images, 4, H, W)
+                eps[images] = eps[images] - step.s_g * S[images, k, None] * M * safety  # Eq. 4, as Table 1 has it
         return Estimate(eps, A, S.amax(1), active.any(1))
 
     def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
-        """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S carries the factor 1[A >= edit]."""
+        """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S is 0 where A < edit."""
         if self.base == "sega":
-            return largest(safety, self.cfg.top)
+            return top_mask(safety, self.cfg.top)
         if self.base == "sld":
             return (prompt - safety < self.cfg.threshold).float()
         return torch.ones_like(safety)
 
 
 def remember(A: Tensor, before: Tensor, cfg: DAGConfig) -> Tensor:
-    """What a step guides by: its maps A (..., H, W), or what the step before guided by, faded, where that is more.
+    """The larger of this step's maps A (..., H, W) and the previous ones, decayed: what a step acts on.
 
-    A map that touches `full` of the frame or more says nothing (Algorithm 1), so it is not remembered either.
+    A map that covers at least the share `full` of the frame is ignored (Algorithm 1), so it is not remembered either.
     """
     if cfg.scaling.area_gain is not None:  # else there is no Algorithm 1
         A = A * ((cfg.scaling.edit <= A).float().mean((-2, -1), keepdim=True) < cfg.scaling.full)  # (..., H, W)
     return torch.maximum(A, cfg.memory * before)
 
 
-def largest(x: Tensor, share: float) -> Tensor:
+def top_mask(x: Tensor, share: float) -> Tensor:
     """1 where |x| is among its largest `share` of values per image and channel, else 0; (b, 4, H, W)."""
     size = x.abs()
     return (size >= torch.quantile(size.flatten(2), 1 - share, dim=2)[..., None, None]).float()
 
 
-def check(warmup: int, **shares: float) -> None:
+def check_constants(warmup: int, **shares: float) -> None:
     """Raises ValueError for a negative warm-up or a share outside [0, 1]."""
     if warmup < 0:
         raise ValueError(f"warm-up is {warmup} steps, expected 0 or more")
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, expected 0 to 1")
-
-
-def named(name: str, safety_texts: list[str], tokens: list[GuidelineTokens], attention: str = "auto") -> CFG:
-    """The methods that sample.py and the benchmark know by name.
-
-    none, negative, sld-PRESET, sega (scale 10, as the paper of DAG runs it; its authors' default is 5), dag, dag-sld.
-    Methods that know one text get those of all concepts joined. Raises ValueError for another name.
-    """
-    if name == "none":
-        return CFG()
-    if name == "negative":
-        return Negative(" and ".join(safety_texts))
-    if name.startswith("sld-"):
-        return SLD.preset(name.removeprefix("sld-"), " and ".join(safety_texts))
-    if name == "sega":
-        return SEGA(*safety_texts, scale=10.0)
-    if name in ("dag", "dag-sld"):
-        return DAG(*tokens, base="sld" if name == "dag-sld" else "sega", attention=attention)
-    raise ValueError(f"unknown method '{name}', expected none, negative, sld-PRESET, sega, dag or dag-sld")

@@ -1,22 +1,19 @@
-"""The loop from noise to latent. It yields every step; the caller drives, saves, shows progress or stops.
+"""The loop from noise to latent. It yields every step; the caller drives, saves, shows progress or stops."""
 
-Rows of the batch a step sends through the UNet: b unconditional, then b conditional (UNCOND, COND below); the safety
-branch, if a method asks for it, is a call of its own with the images it asks for.
-"""
-
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import ddim
-from .cam import Probe
-from .guidance import CFG
+from .attention import NO_ROWS, Call, Hook
+from .cam import AttentionWithMaps, Probe
+from .config import SIDE, STEPS
+from .guidance import Guidance, Inputs
 from .model import NumericsError, StableDiffusion
 from .tokens import GuidelineTokens
-
-UNCOND, COND = 0, 1  # order of the halves of the guidance batch
 
 
 @dataclass
@@ -27,8 +24,8 @@ class Step:
     t: int  # timestep the step started from
     x: Tensor  # (b, 4, H, W) latent after the step
     x0: Tensor  # (b, 4, H, W) final latent as predicted at this step
-    A: Tensor | None  # (b, H, W) detection map in [0, 1], the largest of all concepts'; None for methods without maps
-    concepts: Tensor | None  # (b, concepts, H, W) the concepts' own detection maps
+    A: Tensor | None  # (b, concepts, H, W) in [0, 1], what this step's maps showed; None for methods without a probe
+    A_acted: Tensor | None  # (b, concepts, H, W), the maps that the method acted on
     S: Tensor | None  # (b, H, W) strength of guidance
     guided: Tensor  # (b,) bool
     rows: Tensor  # (b,) int: rows sent through the UNet for each image
@@ -41,59 +38,103 @@ def noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
 
 def check_size(height: int, width: int) -> None:
     """Raises ValueError for a side, in pixels, that the UNet cannot halve as often as it does."""
-    if any(side < 64 or side % 64 for side in (height, width)):
-        raise ValueError(f"height and width are {height} and {width}, expected multiples of 64")
+    if any(side < SIDE or side % SIDE for side in (height, width)):
+        raise ValueError(f"height and width are {height} and {width}, expected multiples of {SIDE}")
+
+
+class Denoiser:
+    """The UNet in one loop of b images: tells the hooks what each call is for and counts its rows."""
+
+    def __init__(self, sd: StableDiffusion, run: Guidance, hooks: Sequence[Hook], scale: float):
+        self.sd, self.run, self.hooks, self.scale = sd, run, hooks, scale
+        self.b = len(run.context) // 2
+        self.rows = torch.zeros(self.b, dtype=torch.int64)  # sent so far, per image
+
+    def unet(self, call: Call, x: Tensor, context: Tensor) -> Tensor:
+        """One UNet call: x and the result (rows, 4, H, W)."""
+        for hook in self.hooks:
+            hook.call = call
+        return self.sd.unet(x, torch.full((len(x),), call.t, device=x.device), context, self.hooks)
+
+    def pair(self, i: int, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """eps_0 and eps_p, (b, 4, H, W) each."""
+        self.rows += 2
+        call = Call(i, t, slice(0, self.b), slice(self.b, 2 * self.b), NO_ROWS)
+        eps_0, eps_p = self.unet(call, torch.cat([x, x]), self.run.context).chunk(2)
+        return eps_0, eps_p
+
+    def safety(self, i: int, x: Tensor, t: int, concept: int, images: list[int]) -> Tensor:
+        """eps_s of a concept for some images, (images, 4, H, W)."""
+        self.rows[images] += 1
+        call = Call(i, t, NO_ROWS, NO_ROWS, slice(0, len(images)), tuple(images), concept)
+        return self.unet(call, x[images], self.run.safety[concept].expand(len(images), -1, -1))
+
+    def inputs(self, i: int, x: Tensor, t: int) -> Inputs:
+        """What a method is given at latent x and timestep t."""
+        eps_0, eps_p = self.pair(i, x, t)
+        A = None if self.run.probe is None else self.run.probe.read(t, *x.shape[2:])
+        return Inputs(
+            i, t, x, self.scale, eps_0, eps_p, A, self.run.context, self.sd.alphas_cumprod[t],
+            safety=lambda concept, images: self.safety(i, x, t, concept, images),
+            denoise=lambda x, t: self.pair(i, x, t),
+        )  # fmt: skip
+
+    def guided(self, i: int) -> Callable[[Tensor, int], Tensor]:
+        """(x, t) -> the method's estimate at another point, (b, 4, H, W). A copy makes it: state moves once per step."""
+        return lambda x, t: copy.copy(self.run)(self.inputs(i, x, t)).eps
 
 
 @torch.no_grad()
 def sample(
     sd: StableDiffusion,
-    prompts: list[str],
-    guidance: CFG,
-    steps: int = 50,
+    prompts: Sequence[str],
+    guidance: Guidance,
+    steps: int = STEPS,
     scale: float | None = None,
     seeds: list[int] | None = None,
     height: int | None = None,
     width: int | None = None,
+    *,
+    solver: Callable[[Tensor], ddim.Solver] = ddim.solver,
+    times: list[tuple[int, int]] | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> Iterator[Step]:
-    """Draw one image a prompt, b in all, from seeds (default 0, 1, ...); height and width in pixels.
+    """Draw one image per prompt, b in all, from seeds (default 0, 1, ...); height and width in pixels.
 
     Scale and size default to the model's own (SD 1.4: 7.5 and 512 x 512).
+    solver: called once with alphas_cumprod, returns the function from x to the next x. times: (t, t_prev) of every
+    step, from noise to picture; default DDIM's for `steps`. hooks: beside the method's own.
 
-    Yields a Step for each of `steps` DDIM steps; the last one's x is what sd.decode takes.
+    Yields a Step for each step; the last one's x is what sd.decode takes.
     Raises ValueError for steps outside 1..1000 or a side that is not a multiple of 64, and NumericsError when a latent
     is no longer finite.
     """
     b, cfg = len(prompts), sd.config
     seeds = list(range(b)) if seeds is None else seeds
-    scale = cfg.scale if scale is None else scale
     if len(seeds) != b:
         raise ValueError(f"{len(seeds)} seeds for {b} prompts, expected one each")
     sides = [cfg.size if side is None else side for side in (height, width)]
     check_size(*sides)
     H, W = (side // cfg.vae.factor for side in sides)
-    pairs = ddim.time_pairs(steps, cfg.schedule)
+    times = ddim.time_pairs(steps, cfg.schedule) if times is None else times
     x = noise(seeds, (cfg.unet.in_channels, H, W)).to(sd.device)  # (b, 4, H, W) float32
-    context = sd.text.encode([guidance.uncond_text] * b + list(prompts))  # (2b, m, c_text): UNCOND, COND
-    safety = sd.text.encode(list(guidance.safety_texts)) if guidance.safety_texts else None  # (concepts, m, c_text)
-    probe = guidance.start(sd, slice(COND * b, (COND + 1) * b))
-
-    for i, (t, t_prev) in enumerate(pairs):
-        rows = torch.full((b,), 2)
-        times = torch.full((2 * b,), t, device=sd.device)
-        both = sd.unet(torch.cat([x, x]), times, context, probe).chunk(2)  # (b, 4, H, W) each
-
-        def safety_eps(concept: int, images: list[int], x=x, times=times, rows=rows) -> Tensor:  # bound to this step
-            rows[images] += 1
-            return sd.unet(x[images], times[images], safety[concept].expand(len(images), -1, -1))
-
-        e = guidance(i, t, both[UNCOND], both[COND], scale, safety_eps)
-        x, x0 = ddim.step(x, e.eps, sd.alphas_cumprod[t], sd.alphas_cumprod[t_prev])
-        if not x.isfinite().all():
-            raise NumericsError(
-                f"the latent is not finite after step {i + 1} of {steps} (t = {t}); try --dtype float32"
-            )
-        yield Step(i, t, x, x0, None if e.A is None else e.A.amax(1), e.A, e.S, e.guided, rows)
+    run = guidance.start(sd, list(prompts))
+    advance = solver(sd.alphas_cumprod)
+    denoiser = Denoiser(sd, run, (*run.hooks, *hooks), cfg.scale if scale is None else scale)
+    try:
+        for i, (t, t_prev) in enumerate(times):
+            before = denoiser.rows.clone()
+            step = denoiser.inputs(i, x, t)
+            out = run(step)
+            x, x0 = advance(x, out.eps, t, t_prev, denoiser.guided(i))
+            if not x.isfinite().all():
+                raise NumericsError(
+                    f"the latent is not finite after step {i + 1} of {len(times)} (t = {t}); try --dtype float32"
+                )
+            guided = torch.zeros(b, dtype=torch.bool) if out.guided is None else out.guided
+            yield Step(i, t, x, x0, step.A, out.A, out.S, guided, denoiser.rows - before)
+    finally:
+        run.end()
 
 
 @torch.no_grad()
@@ -101,11 +142,11 @@ def detect(
     sd: StableDiffusion,
     tokens: GuidelineTokens,
     picture: Tensor,
-    times: list[int],
+    times: Sequence[int],
     seed: int = 0,
-    attention: str = "auto",
+    fused: AttentionWithMaps | None = None,
 ) -> Tensor:
-    """What the tokens see in any picture (1, 3, 8H, 8W) in [-1, 1]: A at every timestep of `times`, (levels, H, W).
+    """What the tokens see in any picture (1, 3, 8H, 8W) in [-1, 1]: A at every timestep of `times`, (times, H, W).
 
     The picture is encoded and noised to each time, and the UNet looks at it with the empty prompt.
     Raises TokenError for tokens that the model cannot read, ValueError for a side that is not a multiple of 64.
@@ -114,10 +155,9 @@ def detect(
     check_size(*picture.shape[2:])
     latent = sd.encode(picture)  # (1, 4, H, W)
     eps = noise([seed], latent.shape[1:]).to(latent)
-    context, maps = sd.text.encode([""]), []
-    probe = Probe(sd.unet, [tokens.embedding], tokens.factors, attention=attention)
+    context, probe, maps = sd.text.encode([""]), Probe(sd.unet, [tokens], fused), []
     for t in times:
-        sd.unet(ddim.add_noise(latent, eps, sd.alphas_cumprod[t]), torch.tensor([t], device=sd.device), context, probe)
-        (a,) = probe.maps(*latent.shape[2:])  # (1, K, H, W)
-        maps.append(tokens.detect(a, t)[0])
-    return torch.stack(maps)  # (levels, H, W)
+        x = ddim.add_noise(latent, eps, sd.alphas_cumprod[t])
+        sd.unet(x, torch.tensor([t], device=sd.device), context, [probe])
+        maps.append(probe.read(t, *latent.shape[2:])[0, 0])  # (H, W)
+    return torch.stack(maps)  # (times, H, W)

@@ -68,7 +68,7 @@ def magnitude_scaler(A: Tensor, cfg: Scaling) -> Tensor:
     return torch.where(cfg.edit <= A, (A / cfg.edit).clamp(max=cfg.magnitude), 0.0)
 
 
-def scale_map(A: Tensor, cfg: Scaling) -> Tensor:
+def strength(A: Tensor, cfg: Scaling) -> Tensor:
     """A (H, W) -> S (H, W): the strength of guidance at each pixel.
 
     The ablations of the paper's Table 5: area_gain None goes without the AreaScaler, Algorithm 1 as a whole (S_area is
@@ -77,3 +77,8 @@ def scale_map(A: Tensor, cfg: Scaling) -> Tensor:
     T = magnitude_scaler(A, cfg)
     S = T if cfg.area_gain is None else area_scaler(A, cfg) * T
     return S if cfg.s_max is None else S.clamp(max=cfg.s_max)
+
+
+def scale_map(A: Tensor, scalings: list[Scaling]) -> Tensor:
+    """A (b, concepts, H, W), each concept with its constants -> S (b, concepts, H, W)."""
+    return torch.stack([torch.stack([strength(a, s) for a, s in zip(maps, scalings, strict=True)]) for maps in A])

@@ -88,29 +88,20 @@ class Text(nn.Module):
         device = self.transformer.get_input_embeddings().weight.device
         return self(self.tokenize(prompts).to(device))
 
-    def dropped(self, prompt: str) -> str:
-        """The end of a prompt that does not fit into max_length tokens; "" if all of it does."""
-        room = self.cfg.max_length - 2  # start and end take two
+    def places(self, prompt: str) -> tuple[list[tuple[str, list[int]]], int]:
+        """The words of a prompt with their token places, in order, and the place of the end token.
+
+        Place 0 is the start token; words that do not fit are left out. "a red circle" on a vocabulary that has the
+        words: [("a", [1]), ("red", [2]), ("circle", [3])], 4.
+        """
         prompt = clean(prompt)
-        spans = self._pieces(prompt)["offset_mapping"]
-        return prompt[spans[room][0] :] if len(spans) > room else ""
+        pieces, room = self.pieces(prompt), self.cfg.max_length - 2  # start and end take two
+        spans: dict[tuple[int, int], list[int]] = {}  # characters of a word -> its places
+        for place, word in enumerate(pieces.word_ids()[:room], 1):
+            spans.setdefault(tuple(pieces.word_to_chars(word)), []).append(place)
+        words = [(prompt[start:end], places) for (start, end), places in spans.items()]
+        return words, 1 + min(room, len(pieces["input_ids"]))
 
-    def words(self) -> list[str]:
-        """The words the model was trained on; empty when it was trained on any text."""
-        ids = range(self.cfg.num_words or 0)
-        return [token.removesuffix("</w>") for token in self.tokenizer.convert_ids_to_tokens(list(ids))]
-
-    def unknown(self, prompt: str) -> list[str]:
-        """The words of a prompt that the model was never trained on; always empty for CLIP's own vocabulary."""
-        if self.cfg.num_words is None:
-            return []
-        prompt = clean(prompt)
-        pieces = self._pieces(prompt)
-        words: dict[tuple[int, int], list[int]] = {}  # place of a word in the prompt -> its ids
-        for i, word in enumerate(pieces.word_ids()):
-            words.setdefault(tuple(pieces.word_to_chars(word)), []).append(pieces["input_ids"][i])
-        known = [(place, len(ids) == 1 and ids[0] < self.cfg.num_words) for place, ids in words.items()]
-        return [prompt[start:end] for (start, end), ok in known if not ok]
-
-    def _pieces(self, prompt: str):
+    def pieces(self, prompt: str):
+        """The tokenizer's account of a prompt without start, end and cut: input_ids, offset_mapping, words."""
         return self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -16,12 +16,13 @@ with other widths. Source: CompVis ldm/modules/diffusionmodules/openaimodel.py.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import CrossAttention, SpatialTransformer
+from .attention import CrossAttention, Hook, SpatialTransformer
 from .config import UNetConfig
 
 
@@ -34,7 +35,10 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut, told the time in between: (b, in, h, w), (b, emb) -> (b, out, h, w)."""
+    """Two convolutions beside a shortcut; the time is added in between.
+
+    (b, in, height, width), (b, emb) -> (b, out, height, width), on the layer's own grid.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, cfg: UNetConfig):
         super().__init__()
@@ -53,9 +57,9 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)  # (b, out, h, w)
-        h += self.emb_layers(emb)[:, :, None, None]
-        return self.out_layers(h).add_(self.skip_connection(x))
+        y = self.in_layers(x)  # (b, out, height, width)
+        y += self.emb_layers(emb)[:, :, None, None]  # in place, as below: nobody else has these two tensors
+        return self.out_layers(y).add_(self.skip_connection(x))
 
 
 class Downsample(nn.Module):
@@ -66,7 +70,7 @@ class Downsample(nn.Module):
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)  # (b, c, h/2, w/2)
+        return self.op(x)  # (b, c, height/2, width/2)
 
 
 class Upsample(nn.Module):
@@ -77,18 +81,18 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2h, 2w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2 height, 2 width)
 
 
 class Block(nn.ModuleList):
     """The layers under one number of the table above, each given what it takes."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, probe=None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, probe)
+                x = layer(x, context, hooks)
             else:
                 x = layer(x)
         return x
@@ -138,36 +142,36 @@ class UNet(nn.Module):
             nn.Conv2d(c, cfg.in_channels, 3, padding=1),
         )
 
-    def cross_attention(self) -> list[tuple[int, CrossAttention]]:
-        """The cross-attention layers in the order they run, each with how many times smaller than x its grid is."""
-        found, factor = [], 1
-        for block in [*self.input_blocks, self.middle_block, *self.output_blocks]:
-            for layer in block:
-                if isinstance(layer, SpatialTransformer):
-                    found += [(factor, inner.attn2) for inner in layer.transformer_blocks]
-                elif isinstance(layer, Downsample):
-                    factor *= 2
-                elif isinstance(layer, Upsample):
-                    factor //= 2
-        return found
+        factor = 1  # of the grid, on the way down and up again
+        for name, layer in self.named_modules():
+            if isinstance(layer, Downsample):
+                factor *= 2
+            elif isinstance(layer, Upsample):
+                factor //= 2
+            elif isinstance(layer, CrossAttention):
+                layer.name, layer.factor = name, factor
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, probe=None) -> Tensor:
+    def cross_attention(self) -> list[CrossAttention]:
+        """The cross-attention layers in the order they run."""
+        return [layer for layer in self.modules() if isinstance(layer, CrossAttention)]
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
         """Noise estimate.
 
         x (b, 4, H, W) float32 or the weights' dtype; t (b,) integer timesteps 0..999; context (b, m, c_text).
-        H and W must be multiples of 8. Returns eps (b, 4, H, W) in x's dtype. Runs in the weights' dtype. A probe, if
-        given, receives the maps of its layers (dag/cam.py).
+        H and W must be multiples of 8. Returns eps (b, 4, H, W) in x's dtype. Runs in the weights' dtype. The hooks
+        are asked in every cross-attention layer (`Hook` in attention.py).
         """
         dtype = self.out[2].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(dtype))  # (b, emb)
         context = context.to(dtype)
-        h = x.to(dtype)
+        y = x.to(dtype)
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb, context, probe)  # (b, 320, H, W) ... (b, 1280, H/8, W/8)
-            skips.append(h)
-        h = self.middle_block(h, emb, context, probe)  # (b, 1280, H/8, W/8)
+            y = block(y, emb, context, hooks)  # (b, 320, H, W) ... (b, 1280, H/8, W/8)
+            skips.append(y)
+        y = self.middle_block(y, emb, context, hooks)  # (b, 1280, H/8, W/8)
         for block in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
-            h = block(h, emb, context, probe)  # (b, 1280, H/8, W/8) ... (b, 320, H, W)
-        return self.out(h).to(x.dtype)  # (b, 4, H, W)
+            y = torch.cat([y, skips.pop()], dim=1)
+            y = block(y, emb, context, hooks)  # (b, 1280, H/8, W/8) ... (b, 320, H, W)
+        return self.out(y).to(x.dtype)  # (b, 4, H, W)

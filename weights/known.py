@@ -3,9 +3,28 @@
 Sizes and hashes are those that installers and manifests of public projects agree on.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from .checkpoint import CheckpointError, sha256
+from torch import Tensor
+
+from .checkpoint import Checkpoint, CheckpointError, sha256
+
+# How the names of the networks' weights begin in an original checkpoint.
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+OLD_TEXT = "cond_stage_model.transformer."  # as community files made with early transformers have it
+EMA = "model_ema.diffusion_model"  # the averaged UNet of training checkpoints, its names written without dots
+
+# Entries of original checkpoints that are no weights of the model: schedule buffers (recomputed), EMA bookkeeping,
+# the text encoder's position numbers, parts of CLIP that draw nothing, remnants of training.
+IGNORED = (
+    "betas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_", "model_ema.", "logvar", "lvlb_weights",
+    "scale_factor", TEXT + "embeddings.position_ids", OLD_TEXT + "embeddings.position_ids", "first_stage_model.loss.",
+    OLD_TEXT + "text_projection", "cond_stage_model.logit_scale", "cond_stage_model.text_projection",
+    OLD_TEXT + "vision_model.", OLD_TEXT + "visual_projection", OLD_TEXT + "logit_scale", "embedding_manager.",
+    "first_stage_model.model_ema.", "denoiser.",
+)  # fmt: skip
 
 PUBLISHED = (  # name, bytes, sha256
     ("sd-v1-4.ckpt", 4_265_380_512, "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556"),
@@ -44,7 +63,7 @@ def verify(path: str | Path, progress=lambda n: None) -> str:
     )
 
 
-UNET, XL, TEXT2 = "model.diffusion_model.", "conditioner.embedders.", "cond_stage_model.model."
+XL, TEXT2 = "conditioner.embedders.", "cond_stage_model.model."
 FAMILIES = (  # what a file is, and with what a name begins that only such a file has; the first that fits counts
     ("an SDXL checkpoint", (XL + "1.",)),
     ("an SDXL refiner checkpoint", (XL + "0.model.",)),
@@ -62,14 +81,15 @@ PARTS = (  # the same, if there is no UNet beside it
     ("a textual-inversion embedding", ("emb_params.", "<")),
     ("a VAE alone", ("encoder.down.", "decoder.up.", "first_stage_model.")),
 )
+FIRST = UNET + "input_blocks.0.0.weight"
+KEY = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 ADAPTERS = ("lora_", "lora.", ".hada_w1", ".lokr_w1")
 CHANNELS = {5: "a depth-to-image checkpoint", 7: "an upscaler", 8: "an InstructPix2Pix", 9: "an inpainting checkpoint"}
 
 
 def family(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """What a file is that is no SD 1.x checkpoint, by the names and shapes of its tensors; None if it may be one."""
-    first = shapes.get(UNET + "input_blocks.0.0.weight", ())
-    key = shapes.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", ())
+    """The kind of file by its tensors' names and shapes, if it is not an SD 1.x checkpoint; None if it may be one."""
+    first, key = shapes.get(FIRST, ()), shapes.get(KEY, ())
     if not first and any(part in name for name in shapes for part in ADAPTERS):
         return "a LoRA or the like, not a model"
     if len(first) == 4 and first[1] in CHANNELS:
@@ -82,3 +102,75 @@ def family(shapes: dict[str, tuple[int, ...]]) -> str | None:
             return what
     alone = first and all(name.startswith(UNET) for name in shapes)
     return "a UNet alone" if alone else None
+
+
+def recognise(file: Checkpoint, widths: dict[str, tuple[int, int, int]]) -> str:
+    """The model that a file holds; a metadata entry `config` that names one overrides.
+
+    widths: the models that may be, by name: the UNet's first channels, its input channels, the text's width.
+    Raises CheckpointError.
+    """
+    shapes = {name: entry.shape for name, entry in file.entries.items()}
+    if file.metadata.get("config") in widths:
+        return file.metadata["config"]
+    if kind := family(shapes):
+        raise CheckpointError(f"{file.path}: this is {kind}; expected an SD 1.x checkpoint of the original layout")
+    first, key = shapes.get(FIRST, ()), shapes.get(KEY, ())
+    if len(first) != 4 or len(key) != 2:
+        raise CheckpointError(
+            f"{file.path}: no UNet of Stable Diffusion 1.x in it; found {len(shapes)} tensors ({first_three(sorted(shapes))})"
+        )
+    found = (first[0], first[1], key[1])
+    if name := next((name for name, own in widths.items() if own == found), None):
+        return name
+    expected = " or ".join(f"{own[0]}, {own[1]} and {own[2]} ({name})" for name, own in widths.items())
+    raise CheckpointError(
+        f"{file.path}: a UNet of {found[0]} channels, {found[1]} input channels and text width {found[2]}; "
+        f"expected {expected}"
+    )
+
+
+def locate(expected: Iterable[str], file: Checkpoint) -> dict[str, str]:
+    """Our name of each tensor -> the file's. They differ for an averaged UNet, which is preferred, and for old text."""
+    averaged = {name: EMA + name.removeprefix(UNET).replace(".", "") for name in expected if name.startswith(UNET)}
+    if not any(name in file.entries for name in averaged.values()):
+        averaged = {}
+    older = {name: name.replace(TEXT, OLD_TEXT) for name in expected if name not in file.entries}
+    older = {name: old for name, old in older.items() if old in file.entries}
+    return {name: averaged.get(name) or older.get(name, name) for name in expected}
+
+
+def check_complete(where: dict[str, str], expected: dict[str, Tensor], file: Checkpoint, model: str) -> list[str]:
+    """Names, shapes and kind must be exactly the model's. Returns the file's names that are of known origin but unused.
+
+    where: our name -> the file's; expected: our name -> a tensor of the right shape. Raises CheckpointError.
+    """
+    used, entries = set(where.values()), file.entries
+    # Whether the rest is of known origin: a UNet that was trained, beside its average; text under old and new names.
+    rest = {
+        name: name.startswith(IGNORED) or name in expected or name.replace(OLD_TEXT, TEXT) in expected
+        for name in entries
+        if name not in used
+    }
+    faults = {
+        "missing": [name for name in where.values() if name not in entries],
+        "unexpected": [name for name, known_origin in rest.items() if not known_origin],
+        "of wrong shape": [
+            f"{there} {entries[there].shape} instead of {tuple(expected[name].shape)}"
+            for name, there in where.items()
+            if there in entries and entries[there].shape != expected[name].shape
+        ],
+        "not of floating point": [
+            name for name in where.values() if name in entries and not entries[name].dtype.is_floating_point
+        ],
+    }
+    found = "; ".join(f"{what}: {len(names)} ({first_three(names)})" for what, names in faults.items() if names)
+    if found:
+        raise CheckpointError(f"{file.path}: not a complete {model} checkpoint, tensors {found}")
+    return list(rest)
+
+
+def first_three(names: list[str]) -> str:
+    """The first three names, on one line whatever is in them."""
+    shown = [name[:120].encode("unicode_escape").decode() for name in names[:3]]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Tensors -> pictures a person can look at: latents, maps over pictures, strips of maps, contact sheets."""
+"""Pictures for a person to look at: maps over pictures, strips of maps, contact sheets, PNG files."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .files import whole
+from weights.files import atomic_write
 
 MARGIN, LINE = 8, 18  # pixels: around a picture of a sheet, height of a line of text
 INK, PAPER = (30, 30, 30), (255, 255, 255)
@@ -60,7 +60,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Rows of (caption, pictures) under column heads -> one picture; every cell is `side` pixels wide or less.
 
-    notes: a line under every picture, row by row.
+    notes: one line under each picture, row by row.
     """
     font = ImageFont.load_default(13)
     columns = max(len(pictures) for _, pictures in rows)
@@ -97,5 +97,5 @@ def save_png(picture: Image.Image, path: Path, text: dict[str, str] | None = Non
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         picture.save(temporary, "PNG", pnginfo=info)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to, which becomes `path` when the block ends well and is removed when it does not."""
     temporary = Path(f"{path}.tmp")
     try:

@@ -1,0 +1,128 @@
+"""What both programs do before they start: open the model and its tokens, check texts and the output folder."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import dag
+from dag.model import MINIATURE
+from dag.text import Text, clean
+from weights import known
+from weights.files import atomic_write
+
+from .parsing import UsageError, warn
+
+
+def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]:
+    """Load what --ckpt, --device and --dtype ask for; returns the model, the device and the dtype's name."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    try:
+        torch.zeros(1, device=device)
+    except Exception as e:  # every backend has its own
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise UsageError(f"--device {device}: not available here ({reason}); try --device cpu") from e
+    sd = dag.load(args.ckpt, device, getattr(torch, dtype))
+    if args.ckpt is not None:
+        print(f"{args.ckpt}: {sd.origin}")
+    if device == "cpu" and dtype == "float16":
+        warn("float16 is many times slower than float32 on a CPU; try --dtype bfloat16 or float32")
+    if args.debug:
+        print(f"{sd.config.name}, ignored in the checkpoint: {', '.join(sd.ignored) or 'nothing'}")
+    return sd, device, dtype
+
+
+def verify(path: Path | None) -> None:
+    """Say under which name a checkpoint was published. Raises CheckpointError if it was not."""
+    if path is None:
+        raise UsageError("--verify needs --ckpt; the miniature comes with the project")
+    if not path.is_file():
+        return  # loading says what is wrong
+    total = path.stat().st_size
+    with tqdm(total=total, desc="sha256", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        name = known.verify(path, bar.update)
+    print(f"{path}: the published {name}, by its sha256")
+
+
+def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[dag.GuidelineTokens, Path | None]]:
+    """(tokens, their file) per concept: the files given, or the miniature's own, or the plain text's with a warning."""
+    files = args.tokens or ([MINIATURE / "red-circle.safetensors"] if args.ckpt is None else [])
+    tokens = [(dag.GuidelineTokens.load(file), file) for file in files]
+    for concept, _ in tokens:
+        if message := concept.check(sd):
+            warn(message)
+    if tokens:
+        return tokens
+    warn(
+        f"tokens of '{sd.config.concept}' that were not optimised detect poorly; make some: `python train_tokens.py "
+        f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --safety-text '{sd.config.safety_text}' "
+        "--out FILE` and pass --tokens FILE"
+    )
+    return [(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), None)]
+
+
+def check_text(sd: dag.StableDiffusion, name: str, text: str) -> None:
+    """Warn of words that do not fit or that the model was never taught. name: what the text is, for the warning."""
+    if rest := dropped(sd.text, text):
+        warn(f"{name} longer than {sd.config.text.max_length} tokens, dropped: '{rest}'")
+    if words := unknown(sd.text, text):
+        warn(
+            f"{name}: unknown words for the {sd.config.name} model: {', '.join(words)}; "
+            f"it knows {', '.join(vocabulary(sd.text))}"
+        )
+
+
+def dropped(text: Text, prompt: str) -> str:
+    """The end of a prompt that does not fit into max_length tokens; "" if all of it does."""
+    prompt, room = clean(prompt), text.cfg.max_length - 2  # start and end take two
+    spans = text.pieces(prompt)["offset_mapping"]
+    return prompt[spans[room][0] :] if len(spans) > room else ""
+
+
+def vocabulary(text: Text) -> list[str]:
+    """The words the model was trained on; empty when it was trained on any text."""
+    ids = range(text.cfg.num_words or 0)
+    return [token.removesuffix("</w>") for token in text.tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def unknown(text: Text, prompt: str) -> list[str]:
+    """The words of a prompt that the model was never trained on; always empty for CLIP's own vocabulary."""
+    if text.cfg.num_words is None:
+        return []
+    ids, (words, _) = text.tokenize([prompt])[0], text.places(prompt)
+    return [word for word, places in words if len(places) > 1 or ids[places[0]] >= text.cfg.num_words]
+
+
+def judge() -> Callable[[Image.Image], str]:
+    """Writes down what the miniature's judge reads in a picture."""
+    from weights.shapes.judge import Judge  # here: only the miniature has one
+
+    from .pictures import from_pil
+
+    judge = Judge.load()
+
+    def read(image: Image.Image) -> str:
+        (seen,) = judge.read(from_pil(image))
+        return ", ".join(f"{colour} {shape}" for colour, shape in seen) or "nothing"
+
+    return read
+
+
+def writable(folder: Path) -> None:
+    """Make the output folder and prove that files can be written there. Raises ValueError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        test = folder / ".write-test"
+        test.touch()
+        test.unlink()
+    except OSError as e:
+        raise ValueError(f"{folder}: cannot be written to ({e.strerror}); choose another folder with --out") from e
+
+
+def write_text(path: Path, content: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(content + "\n", encoding="utf-8")
