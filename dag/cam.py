@@ -53,7 +53,7 @@ def guideline_maps(q: Tensor, dk: Tensor, heads: str = "mean") -> Tensor:
 
 
 def attention_with_maps(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The main attention and the maps of some batch rows, as the fused kernel gives them: (b, h, n, d), (rows, K, n)."""
+    """Main attention (b, h, n, d) and maps (rows, K, n) of some batch rows: what the fused kernel is tested against."""
     return cross_attention(q, k, v), guideline_maps(q[rows], dk)
 
 

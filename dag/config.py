@@ -1,7 +1,6 @@
-"""Every constant of the model, once: widths, epsilons, scale factors, schedule.
+"""Every constant of the model, once: widths, epsilons, scale factors, schedule, and what guidance uses by default.
 
 `SD14` and `SHAPES` are two instances of one class: the full-size model and the miniature that ships with the project.
-Nothing else in `dag/` knows a width, an epsilon or a token count.
 Source: CompVis configs/stable-diffusion/v1-inference.yaml and the module defaults it relies on.
 """
 
@@ -23,11 +22,7 @@ class UNetConfig:
     in_channels: int = 4  # of the latent, in and out
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
-    attention_factors: tuple[int, ...] = (
-        1,
-        2,
-        4,
-    )  # levels with transformers; the middle always has one
+    attention_factors: tuple[int, ...] = (1, 2, 4)  # levels with transformers; the middle always has one
     eps_res: float = 1e-5  # GroupNorm in residual blocks and before the last convolution
     eps_transformer: float = 1e-6  # GroupNorm at the head of a SpatialTransformer
     eps_layer: float = 1e-5  # LayerNorm in transformer blocks
@@ -81,7 +76,7 @@ class Scaling:
 
     unsafe: float = 0.5  # A from here on is an object (Algorithm 1)
     edit: float = 0.01  # A from here on may be edited (tau in Eq. 5)
-    full: float = 0.8  # share of the frame from which on the map says nothing (Algorithm 1)
+    full: float = 0.8  # ignore a map of which at least this share of the frame is A >= edit (Algorithm 1)
     area_gain: float | None = 5.0  # Algorithm 1's constant; None: without Algorithm 1 (ablation)
     magnitude: float = 5.0  # upper end of T (Eq. 5)
     min_area: float = 1 / 256  # smaller objects, as a share of the frame, are dropped (ours): 16 pixels of 64 x 64

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import ScheduleConfig
 
-# (x, eps, t, t_prev, denoise) -> x at t_prev and the predicted x0. denoise(x, t) is the guided estimate at another point.
+# (x, eps, t, t_prev, denoise) -> x at t_prev, x0 as predicted. denoise(x, t): the guided estimate at another point.
 Solver = Callable[[Tensor, Tensor, int, int, Callable[[Tensor, int], Tensor]], tuple[Tensor, Tensor]]
 
 

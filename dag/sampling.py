@@ -80,7 +80,7 @@ class Denoiser:
         )  # fmt: skip
 
     def guided(self, i: int) -> Callable[[Tensor, int], Tensor]:
-        """(x, t) -> the method's estimate at another point, (b, 4, H, W). A copy makes it: state moves once per step."""
+        """(x, t) -> the method's estimate there, (b, 4, H, W). A copy makes it, so that state moves once per step."""
         return lambda x, t: copy.copy(self.run)(self.inputs(i, x, t)).eps
 
 

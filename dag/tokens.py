@@ -125,8 +125,8 @@ class GuidelineTokens:
         if missing := [key for key in self.reading.layers if key not in has]:
             factors = sorted(key for key in has if isinstance(key, int))
             raise TokenError(
-                f"tokens of '{self.concept}' read layer {missing[0]}, which {sd.config.name} has not; expected a factor "
-                f"of {factors} or a layer's name"
+                f"tokens of '{self.concept}' read layer {missing[0]}, which {sd.config.name} does not have; expected "
+                f"a factor of {factors} or a layer's name"
             )
         if self.fingerprint != fingerprint(sd):
             return f"tokens of '{self.concept}' were trained on another model; detection may be off"

@@ -1,33 +1,35 @@
-"""Which implementation of the main attention with maps a run uses. The one place that knows that a kernel exists."""
+"""Which implementation of the main attention with maps a run uses: plain PyTorch or the fused kernel."""
 
-import torch
+from collections.abc import Sequence
 
-from dag.cam import AttentionWithMaps
-from dag.tokens import Reading
+from dag.cam import AttentionWithMaps, layers_of
+from dag.model import StableDiffusion
+from dag.tokens import GuidelineTokens
 
 CHOICES = ("auto", "plain", "fused")
 
 
-def choose(
-    choice: str, device: torch.device, dtype: torch.dtype, K: int = 1, d: int = 16, reading: Reading | None = None
-) -> AttentionWithMaps | None:
-    """The fused kernel or None for plain PyTorch, for all methods of a run.
+def for_run(choice: str, sd: StableDiffusion, tokens: Sequence[GuidelineTokens]) -> AttentionWithMaps | None:
+    """The fused kernel, or None for plain PyTorch: one choice for all methods of a run that reads these tokens.
 
-    device, dtype: of the queries; K: concept rows in all; d: channels per head, at most. "auto" is plain for now: the
-    compiled kernel has never run on a GPU. Raises ValueError for an unknown choice, or where "fused" cannot run.
+    "auto" is plain for now, because the compiled kernel has never run on a GPU.
+    Raises ValueError for an unknown choice, or where "fused" cannot run.
     """
     if choice not in CHOICES:
         raise ValueError(f"attention is '{choice}', expected {', '.join(CHOICES)}")
     if choice != "fused":
         return None
+    layers = [layer for c in tokens for layer in layers_of(sd.unet, c.reading)]
+    d = max((layer.to_v.out_features // layer.num_heads for layer in layers), default=16)
+    K = max(1, sum(len(c.embedding) - 1 for c in tokens))
     try:
-        from . import cross_attention as kernel  # here: without triton there is the plain one
+        from . import cross_attention as kernel  # here: it needs triton, the plain one does not
 
-        obstacle = kernel.obstacle(device, dtype, K, d)
+        obstacle = kernel.obstacle(sd.device, sd.dtype, K, d)
     except ImportError as e:
         obstacle = f"kernels/cross_attention.py cannot be imported ({e})"
-    if obstacle is None and reading is not None and reading.heads != "mean":
-        obstacle = f"it pools heads by their mean, these tokens by their {reading.heads}"
+    if pooled := [c.reading.heads for c in tokens if c.reading.heads != "mean"]:
+        obstacle = obstacle or f"it takes the mean over heads, these tokens their {pooled[0]}"
     if obstacle is not None:
         raise ValueError(f"the fused kernel cannot run: {obstacle}; use auto or plain")
     return kernel.cross_attention_with_maps

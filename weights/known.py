@@ -118,7 +118,8 @@ def recognise(file: Checkpoint, widths: dict[str, tuple[int, int, int]]) -> str:
     first, key = shapes.get(FIRST, ()), shapes.get(KEY, ())
     if len(first) != 4 or len(key) != 2:
         raise CheckpointError(
-            f"{file.path}: no UNet of Stable Diffusion 1.x in it; found {len(shapes)} tensors ({first_three(sorted(shapes))})"
+            f"{file.path}: no UNet of Stable Diffusion 1.x in it; found {len(shapes)} tensors "
+            f"({first_three(sorted(shapes))})"
         )
     found = (first[0], first[1], key[1])
     if name := next((name for name, own in widths.items() if own == found), None):

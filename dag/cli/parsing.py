@@ -24,7 +24,10 @@ class Parser(argparse.ArgumentParser):
     def add_model(self) -> None:
         """The options that say which model runs where."""
         self.add_argument(
-            "--ckpt", type=Path, metavar="FILE", help="SD 1.x checkpoint, .ckpt or .safetensors (default: the miniature)"
+            "--ckpt",
+            type=Path,
+            metavar="FILE",
+            help="SD 1.x checkpoint, .ckpt or .safetensors (default: the miniature)",
         )
         self.add_argument("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
         self.add_argument(

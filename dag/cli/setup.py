@@ -9,8 +9,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import dag
+from dag.cam import AttentionWithMaps
 from dag.model import MINIATURE
 from dag.text import Text, clean
+from kernels.choice import for_run
 from weights import known
 from weights.files import atomic_write
 
@@ -63,6 +65,14 @@ def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[
         "--out FILE` and pass --tokens FILE"
     )
     return [(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), None)]
+
+
+def attention(choice: str, sd: dag.StableDiffusion, tokens: list[dag.GuidelineTokens]) -> AttentionWithMaps | None:
+    """The kernel, or None for plain PyTorch, for all methods of a run. Raises UsageError where it cannot run."""
+    try:
+        return for_run(choice, sd, tokens)
+    except ValueError as e:
+        raise UsageError(f"--attention {choice}: {e}") from e
 
 
 def check_text(sd: dag.StableDiffusion, name: str, text: str) -> None:

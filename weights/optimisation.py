@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import CrossAttention, Hook
-from .cam import combine, detect_rows, guideline_keys, guideline_maps, layers_of, normalise, raw_map
-from .config import Scaling
-from .scalers import objects
-from .tokens import GuidelineTokens, Reading, TokenError
+from dag.attention import CrossAttention, Hook
+from dag.cam import combine, detect_rows, guideline_keys, guideline_maps, layers_of, normalise, raw_map
+from dag.config import Scaling
+from dag.scalers import objects
+from dag.tokens import GuidelineTokens, Reading, TokenError
 
 
 class QueryCache(Hook):
@@ -104,7 +104,6 @@ class Recipe:
     lr: float = 0.1
     unsafe: int = 8  # pictures of a batch, at most
     safe: int = 16
-    safe_weight: float = 1.0  # of safe pictures in the loss
 
 
 PAPER = Recipe(lr=200.0, unsafe=1, safe=1)  # and 100 steps per unsafe picture
@@ -193,8 +192,7 @@ def descend(
     def loss_of(k: int, images: list[int]) -> Tensor:
         logit = logits(k, images)
         y = data.masks[images][:, None].expand_as(logit)
-        loss = F.binary_cross_entropy_with_logits(logit, y, reduction="none").mean((1, 2, 3))  # (images,)
-        return (loss * torch.where(data.unsafe[images], 1.0, recipe.safe_weight)).mean()
+        return F.binary_cross_entropy_with_logits(logit, y)
 
     for i in range(1, recipe.steps + 1):
         images = rng.permutation(positive)[: recipe.unsafe].tolist() + rng.permutation(negative)[: recipe.safe].tolist()
