@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
             if apart.max() > 0.05:
                 raise ValueError(
                     f"{args.data}: picture {int(apart.argmax()) + 1} is not what its prompt and seed draw in {STEPS} "
-                    f"steps at scale {sd.config.scale:g} (off by {apart.max():.0%}); leave the seeds out of captions.json"
+                    f"steps at scale {sd.config.scale:g} (off by {apart.max():.0%}); leave the seeds out of "
+                    "captions.json"
                 )
     else:
         data, pictures = annotations.from_judge(sd, before.reading, concept, args.n_unsafe, args.n_safe, args.seed)

@@ -24,7 +24,7 @@ class Step:
     t: int  # timestep the step started from
     x: Tensor  # (b, 4, H, W) latent after the step
     x0: Tensor  # (b, 4, H, W) final latent as predicted at this step
-    A: Tensor | None  # (b, concepts, H, W) in [0, 1], what this step's maps showed; None for methods without a probe
+    A: Tensor | None  # (b, concepts, H, W) in [0, 1], what this step's maps showed; None for methods without maps
     A_acted: Tensor | None  # (b, concepts, H, W), the maps that the method acted on
     S: Tensor | None  # (b, H, W) strength of guidance
     guided: Tensor  # (b,) bool
@@ -132,7 +132,8 @@ def sample(
                     f"the latent is not finite after step {i + 1} of {len(times)} (t = {t}); try --dtype float32"
                 )
             guided = torch.zeros(b, dtype=torch.bool) if out.guided is None else out.guided
-            yield Step(i, t, x, x0, step.A, out.A, out.S, guided, denoiser.rows - before)
+            A = out.A if step.A is None else step.A
+            yield Step(i, t, x, x0, A, out.A, out.S, guided, denoiser.rows - before)
     finally:
         run.end()
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import sample
 from dag import GuidelineTokens
+from dag.config import METHODS
 from tests.conftest import ROOT, TOKENS
 from weights.shapes import world
 
@@ -70,13 +71,13 @@ def test_guided(tmp_path, capsys):
 def test_all_methods_side_by_side(tmp_path, capsys):
     """A column each, the map before DAG's, the judge's reading below; two concepts, whose texts some methods join."""
     tokens = [arg for name in ("red-circle", "blue-star") for arg in ("--tokens", str(TOKENS / f"{name}.safetensors"))]
-    argv = ["--prompt", "a red circle on grey", "--guidance", ",".join(sample.METHODS), "--steps", "18", *tokens]
+    argv = ["--prompt", "a red circle on grey", "--guidance", ",".join(METHODS), "--steps", "18", *tokens]
     assert sample.main([*argv, "--out", str(tmp_path)]) == 0
     assert not lines(capsys)[0:1] or "warning" not in capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["safety_texts"] == ["a red circle", "a blue star"]
     told = {p["guidance"]: p for p in report["pictures"]}
-    assert tuple(told) == sample.METHODS
+    assert tuple(told) == METHODS
     assert {m: told[m]["unet_rows"] for m in ("none", "negative", "sld-max", "sega")} == {
         "none": 36, "negative": 36, "sld-max": 54, "sega": 72
     }  # fmt: skip
@@ -84,7 +85,7 @@ def test_all_methods_side_by_side(tmp_path, capsys):
     assert {m: told[m]["steps_guided"] for m in ("none", "negative", "sld-weak", "sega")} == {
         "none": 0, "negative": 18, "sld-weak": 3, "sega": 8
     }  # fmt: skip
-    assert {told[m]["detected"] for m in sample.METHODS} == {None, True}
+    assert {told[m]["detected"] for m in METHODS} == {None, True}
     pixels = [Image.open(tmp_path / p["file"]).tobytes() for p in report["pictures"]]
     assert len(set(pixels)) == len(pixels)
     assert Image.open(tmp_path / "contact.png").width == 11 * 200 + 8
@@ -238,18 +239,18 @@ def test_warnings(tmp_path, capsys):
     ]
     assert sample.main([*argv, "--out", str(tmp_path)]) == 0
     said = [line for line in lines(capsys) if line.startswith("warning")]
-    assert "prompt: shapes was not taught pink" in said[0]
+    assert "prompt: unknown words for the shapes model: pink" in said[0]
     assert "longer than 24 tokens, dropped: 'circle and" in said[1]
-    assert "--safety-text: shapes was not taught scarlet" in said[2]
+    assert "--safety-text: unknown words for the shapes model: scarlet" in said[2]
     assert "--save-maps: --guidance none has no maps" in said[3]
     assert len(said) == 4
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):
     """Ctrl-C in the second batch: the first one's pictures and report stay."""
-    from dag import drawing
+    from dag import sampling
 
-    real, calls = drawing.sample, []
+    real, calls = sampling.sample, []
 
     def interrupted(*args):
         calls.append(args)
@@ -257,7 +258,7 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(drawing, "sample", interrupted)
+    monkeypatch.setattr(sampling, "sample", interrupted)
     argv = ["--prompt", "a red circle", "--n-images", "6", "--steps", "1", "--height", "512", "--width", "512"]
     assert sample.main([*argv, "--out", str(tmp_path)]) == 130
     assert "4 of 6 pictures were finished" in lines(capsys)[-1]

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dag import CFG, DAG, SEGA, SLD, GuidelineTokens, Negative, sample
-from dag.attention import guideline_maps
-from dag.cam import Probe, key_differences
+from dag import CFG, DAG, SEGA, SLD, GuidelineTokens, Guidance, Negative, ddim, sample
+from dag.attention import NO_ROWS, Call, Hook, split_heads
+from dag.cam import Probe, guideline_keys, guideline_maps, normalise
 from dag.config import DAGConfig, Scaling
-from dag.drawing import acted_on
-from dag.guidance import named, remember
-from dag.scalers import area_scaler, components, magnitude_scaler, nearest, objects, scale_map
-from tests.lazy import Eager
+from dag.evaluation.baselines import by_name
+from dag.guidance import Estimate, Inputs, remember
+from dag.scalers import area_scaler, components, magnitude_scaler, nearest, objects, scale_map, strength
+from dag.tokens import Reading
+from tests.measure.lazy import Eager
 
 PROMPTS = ["a red circle on grey", "a blue star", "a tomato", ""]
 EAGER = Scaling(min_area=0.0)
@@ -22,12 +23,11 @@ EAGER = Scaling(min_area=0.0)
 def tokens(random_model):
     """Tokens with limits set so that two of the four PROMPTS' pictures, and only they, show an object."""
     tokens = GuidelineTokens.from_text(random_model, "a red circle", "a red circle")
-    raw = GuidelineTokens(**{**vars(tokens), "levels": (500,), "lo": (0.0,), "hi": (1.0,)})  # A is the raw map
-    peaks = torch.stack([s.A.flatten(1).amax(1) for s in run(random_model, DAG(raw, cfg=DAGConfig(warmup=99)))]).amax(
-        0
-    )  # (b,)
+    raw = replace(tokens, levels=(500,), lo=(0.0,), hi=(1.0,))  # A is the raw map
+    looking = run(random_model, DAG(raw, cfg=DAGConfig(warmup=99)))
+    peaks = torch.stack([s.A.flatten(1).amax(1) for s in looking]).amax(0)  # (b,)
     middle = peaks.sort().values[1:3].mean().item()
-    return GuidelineTokens(**{**vars(tokens), "levels": (500,), "lo": (middle - 0.01,), "hi": (middle + 0.01,)})
+    return replace(tokens, levels=(500,), lo=(middle - 0.01,), hi=(middle + 0.01,))
 
 
 def grid(*rows: str) -> torch.Tensor:
@@ -48,30 +48,45 @@ def test_probe_reads_the_conditional_rows_and_changes_nothing(random_model, toke
     sd = random_model
     x, t = torch.randn(4, 4, 16, 24), torch.full((4,), 500)
     context = sd.text.encode(["", "", "a red circle", "a blue star"])
-    probe = Probe(sd.unet, [tokens.embedding], tokens.factors, slice(2, 4))
-    assert torch.equal(sd.unet(x, t, context, probe), sd.unet(x, t, context))
-    (raw,) = probe.maps(16, 24)
-    assert raw.shape == (2, 3, 16, 24) and (raw > 0).all() and (raw < 1).all()
-    alone = Probe(sd.unet, [tokens.embedding], tokens.factors)
-    sd.unet(x[2:], t[2:], context[2:], alone)
-    assert torch.allclose(raw, alone.maps(16, 24)[0], atol=1e-5)
+    raw = replace(tokens, levels=(500,), lo=(0.0,), hi=(1.0,))  # A is the raw map
+    probe = Probe(sd.unet, [raw])
+    probe.call = Call(0, 500, slice(0, 2), slice(2, 4), NO_ROWS)
+    assert torch.equal(sd.unet(x, t, context, [probe]), sd.unet(x, t, context))
+    A = probe.read(500, 16, 24)
+    assert A.shape == (2, 1, 16, 24) and (A > 0).all() and (A < 1).all()
+    alone = Probe(sd.unet, [raw])
+    sd.unet(x[2:], t[2:], context[2:], [alone])
+    assert torch.allclose(A, alone.read(500, 16, 24), atol=1e-5)
 
 
-def test_probe_looks_at_the_layers_of_its_factors(random_model, tokens):
-    probe = Probe(random_model.unet, [tokens.embedding], (2, 4))
-    assert sorted(probe.layers.values()) == [2] * 5 + [4] * 5
-    layer = next(iter(probe.keys))
-    assert torch.equal(probe.keys[layer], key_differences(layer, tokens.embedding))
+def test_probe_looks_at_the_layers_of_its_reading(random_model, tokens):
+    probe = Probe(random_model.unet, [replace(tokens, reading=Reading((2, 4)))])
+    assert sorted(layer.factor for layer in probe.dk) == [2] * 5 + [4] * 5
+    layer = next(iter(probe.dk))
+    assert torch.equal(probe.dk[layer], guideline_keys(layer, tokens.embedding))
+    k = split_heads(layer.to_k(tokens.embedding)[None], layer.num_heads)[0]
+    assert torch.allclose(probe.dk[layer], (k[:, 1:] - k[:, :1]) / k.shape[-1] ** 0.5, atol=1e-6)
+    name = "output_blocks.3.1.transformer_blocks.0.attn2"
+    (one,) = Probe(random_model.unet, [replace(tokens, reading=Reading((name,)))]).dk
+    assert one.name == name and random_model.unet.get_submodule(name) is one
+
+
+def test_heads_are_pooled_as_the_tokens_say(random_model, tokens):
+    sd, x, t = random_model, torch.randn(1, 4, 16, 16), torch.tensor([500])
+    raw = replace(tokens, levels=(500,), lo=(0.0,), hi=(1.0,))
+    mean, largest = Probe(sd.unet, [raw]), Probe(sd.unet, [replace(raw, reading=Reading((1, 2), "max"))])
+    sd.unet(x, t, sd.text.encode(["a"]), [mean, largest])
+    assert (largest.read(500, 16, 16) > mean.read(500, 16, 16)).all()
 
 
 def test_normalisation(random_model, tokens):
     raw = torch.tensor([[[0.4, 0.45, 0.525, 0.6, 0.9]]])
-    tokens = GuidelineTokens(**{**vars(tokens), "lo": (0.45,), "hi": (0.6,)})
-    assert torch.allclose(tokens.normalise(raw, 7), torch.tensor([[[0.0, 0.0, 0.5, 1.0, 1.0]]]))
-    levels = GuidelineTokens(**{**vars(tokens), "levels": (0, 100), "lo": (0.0, 0.2), "hi": (1.0, 0.6)})
+    tokens = replace(tokens, lo=(0.45,), hi=(0.6,))
+    assert torch.allclose(normalise(tokens, raw, 7), torch.tensor([[[0.0, 0.0, 0.5, 1.0, 1.0]]]))
+    levels = replace(tokens, levels=(0, 100), lo=(0.0, 0.2), hi=(1.0, 0.6))
     assert levels.limits(50) == pytest.approx((0.1, 0.8)) and levels.limits(900) == pytest.approx((0.2, 0.6))
-    joint = GuidelineTokens(**{**vars(tokens), "levels": (), "lo": (), "hi": ()})
-    A = joint.normalise(torch.tensor([[[0.2, 0.5, 0.7]], [[0.5, 0.5, 0.5]]]), 7)
+    joint = replace(tokens, levels=(), lo=(), hi=())
+    A = normalise(joint, torch.tensor([[[0.2, 0.5, 0.7]], [[0.5, 0.5, 0.5]]]), 7)
     assert torch.allclose(A[0], torch.tensor([[0.0, 0.5, 5 / 6]]))  # min-max of {.2 .5 .7} and {.8 .5 .3}
     assert A.isfinite().all()
 
@@ -89,24 +104,24 @@ def test_components_of_a_spiral():
 
 
 def test_nothing_found():
-    assert (scale_map(torch.full((8, 8), 0.49), Scaling(full=1.1)) == 0).all()
-    assert (scale_map(torch.zeros(8, 8), Scaling()) == 0).all()
+    assert (strength(torch.full((8, 8), 0.49), Scaling(full=1.1)) == 0).all()
+    assert (strength(torch.zeros(8, 8), Scaling()) == 0).all()
 
 
 def test_one_pixel():
-    S = scale_map(grid("....", ".#..", "....", "...."), EAGER)
+    S = strength(grid("....", ".#..", "....", "...."), EAGER)
     assert S[1, 1] == pytest.approx(5 / 16 * 5) and S.count_nonzero() == 1
 
 
 def test_one_pixel_may_be_too_small():
-    assert (scale_map(grid("....", ".#..", "....", "...."), Scaling(min_area=0.1)) == 0).all()
+    assert (strength(grid("....", ".#..", "....", "...."), Scaling(min_area=0.1)) == 0).all()
     labels, areas = objects(grid("##..", "##..", "...#", "...."), Scaling(min_area=0.1))
     assert areas.tolist() == [0.25] and labels.unique().tolist() == [0, 1]
 
 
 def test_full_frame_is_not_guided():
-    assert (scale_map(torch.ones(4, 4), EAGER) == 0).all()
-    assert (scale_map(grid("####", "####", "####", "...."), EAGER) > 0).any()  # 75 %
+    assert (strength(torch.ones(4, 4), EAGER) == 0).all()
+    assert (strength(grid("####", "####", "####", "...."), EAGER) > 0).any()  # 75 %
 
 
 def test_two_objects_keep_their_own_area():
@@ -136,13 +151,13 @@ def test_magnitude():
 
 def test_ablations():
     A = grid("##..#+", "##..++")
-    assert torch.equal(scale_map(A, Scaling(area_gain=None)), magnitude_scaler(A, Scaling()))
+    assert torch.equal(strength(A, Scaling(area_gain=None)), magnitude_scaler(A, Scaling()))
     flat = Scaling(magnitude=1.0, min_area=0.0)
     assert torch.equal(scale_map(A, flat), area_scaler(A, flat))
 
 
 def test_s_max():
-    assert scale_map(grid("##", ".."), Scaling(s_max=2.0, min_area=0.0)).max() == 2.0
+    assert strength(grid("##", ".."), Scaling(s_max=2.0, min_area=0.0)).max() == 2.0
 
 
 def run(sd, guidance, prompts=PROMPTS, steps=8, **kwargs):
@@ -150,7 +165,7 @@ def run(sd, guidance, prompts=PROMPTS, steps=8, **kwargs):
 
 
 def test_all_zero_maps_are_plain_guidance_bit_for_bit(random_model, tokens):
-    blind = GuidelineTokens(**{**vars(tokens), "lo": (2.0,), "hi": (3.0,)})
+    blind = replace(tokens, lo=(2.0,), hi=(3.0,))
     plain, guided = run(random_model, CFG()), run(random_model, DAG(blind))
     for a, b in zip(plain, guided, strict=True):
         assert torch.equal(a.x, b.x) and not b.guided.any() and (b.S == 0).all() and (b.rows == 2).all()
@@ -175,13 +190,13 @@ def test_lazy_equals_eager(random_model, tokens, base):
     """Against the formula written out with the safety branch run for every image, as the paper has it."""
     sd, cfg, s_g = random_model, DAGConfig(warmup=1), 5.0
     steps = run(sd, DAG(tokens, base=base, cfg=cfg))
-    probe = Probe(sd.unet, [tokens.embedding], tokens.factors, slice(4, 8))
+    probe = Probe(sd.unet, [tokens])
+    probe.call = Call(0, 0, slice(0, 4), slice(4, 8), slice(8, 12))
     context = sd.text.encode([""] * 4 + PROMPTS + ["a red circle"] * 4)
     x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)])
     for i, step in enumerate(steps):
-        eps_0, eps_p, eps_s = sd.unet(torch.cat([x, x, x]), torch.full((12,), step.t), context, probe).chunk(3)
-        A = tokens.detect(probe.maps(16, 16)[0], step.t)
-        S = torch.stack([scale_map(a, cfg.scaling) for a in A])[:, None] * (i >= cfg.warmup)
+        eps_0, eps_p, eps_s = sd.unet(torch.cat([x, x, x]), torch.full((12,), step.t), context, [probe]).chunk(3)
+        S = scale_map(probe.read(step.t, 16, 16), [cfg.scaling]) * (i >= cfg.warmup)  # (4, 1, 16, 16)
         d = eps_s - eps_0
         M = torch.ones_like(d)
         if base == "sega":
@@ -219,8 +234,9 @@ def test_memory(random_model, tokens):
         cfg = DAGConfig(warmup=2, memory=memory)
         steps, seen = run(random_model, DAG(tokens, cfg=cfg)), torch.zeros(())
         for s in steps:
-            seen = torch.maximum(s.A * ((s.A >= 0.01).float().mean((1, 2), keepdim=True) < 0.8), memory * seen)
-            assert torch.equal(s.S, torch.stack([scale_map(a, cfg.scaling) for a in seen]))
+            seen = torch.maximum(s.A * ((s.A >= 0.01).float().mean((2, 3), keepdim=True) < 0.8), memory * seen)
+            assert torch.equal(s.A_acted, seen)
+            assert torch.equal(s.S, scale_map(seen, [cfg.scaling])[:, 0])
         ever = torch.stack([s.guided for s in steps]).any(0)
         assert ever.any() and not ever.all()
         for k in range(len(PROMPTS)):
@@ -234,9 +250,11 @@ def test_a_map_that_fills_the_frame_is_not_remembered():
     stack = torch.stack([A, full])  # two concepts, or images
     assert torch.equal(remember(stack, torch.zeros(()), cfg), torch.stack([A, torch.zeros_like(A)]))
     assert torch.equal(remember(full, A, cfg), 0.9 * A)
-    maps = torch.stack([full, full, A, full])
-    assert torch.allclose(acted_on(maps, cfg), torch.stack([0 * A, 0 * A, A, 0.9 * A]))
-    assert (scale_map(acted_on(maps, cfg)[3], Scaling(min_area=0.0)) > 0).any()
+    acted = [torch.zeros(())]
+    for own in (full, full, A, full):
+        acted.append(remember(own, acted[-1], cfg))
+    assert torch.allclose(torch.stack(acted[1:]), torch.stack([0 * A, 0 * A, A, 0.9 * A]))
+    assert (strength(acted[-1], EAGER) > 0).any()
     without = DAGConfig(scaling=Scaling(area_gain=None))  # no Algorithm 1, no such rule
     assert torch.equal(remember(full, A, without), full)
 
@@ -250,8 +268,11 @@ def test_same_start_with_any_guidance(random_model, tokens):
 def test_scale_zero_and_one(random_model):
     """s_g 0 is the unconditional estimate, s_g 1 the conditional one."""
     eps_0, eps_p = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    assert torch.equal(CFG()(0, 1, eps_0, eps_p, 0.0, None).eps, eps_0)
-    assert torch.allclose(CFG()(0, 1, eps_0, eps_p, 1.0, None).eps, eps_p, atol=1e-6)
+
+    def eps(s_g: float) -> torch.Tensor:
+        return Guidance()(Inputs(0, 1, eps_0, s_g, eps_0, eps_p, None, None, torch.tensor(0.5), None, None)).eps
+
+    assert torch.equal(eps(0.0), eps_0) and torch.allclose(eps(1.0), eps_p, atol=1e-6)
 
 
 def test_negative_prompt(random_model):
@@ -302,13 +323,13 @@ def test_wrong_arguments(tokens, random_model):
         DAG(tokens, cfg=DAGConfig(scaling=Scaling(edit=0.0)))
     with pytest.raises(ValueError, match="height and width are 70 and 128, expected multiples of 64"):
         next(iter(sample(random_model, ["a"], CFG(), height=70)))
-    wide = GuidelineTokens(**{**vars(tokens), "embedding": torch.zeros(3, 768)})
+    wide = replace(tokens, embedding=torch.zeros(3, 768))
     with pytest.raises(ValueError, match="are 768 wide"):
         next(iter(sample(random_model, ["a"], DAG(wide))))
     with pytest.raises(ValueError, match="no preset 'mild', expected one of weak, medium, strong, max"):
         SLD.preset("mild", "a")
     with pytest.raises(ValueError, match="unknown method 'mild'"):
-        named("mild", ["a"], [tokens])
+        by_name("mild", ["a"], [tokens])
     with pytest.raises(ValueError, match="no safety text"):
         SEGA()
     with pytest.raises(ValueError, match="no guideline tokens"):
@@ -320,11 +341,9 @@ def test_wrong_arguments(tokens, random_model):
 def test_not_finite(random_model):
     """NaN in an estimate stops at its step and says what to try."""
 
-    class Broken(CFG):
-        def __call__(self, i, *args):
-            e = super().__call__(i, *args)
-            e.eps = e.eps * float("nan") if i == 2 else e.eps
-            return e
+    class Broken(Guidance):
+        def __call__(self, step):
+            return Estimate(step.cfg_eps * float("nan") if step.i == 2 else step.cfg_eps)
 
     with pytest.raises(ArithmeticError, match="after step 3 of 4 .*float32"):
         list(sample(random_model, ["a"], Broken(), 4))
@@ -333,8 +352,8 @@ def test_not_finite(random_model):
 def test_several_concepts(random_model, tokens):
     """A second concept that sees nothing, or the very same, changes nothing and costs nothing."""
     cfg = DAGConfig(warmup=2)
-    blind = GuidelineTokens(**{**vars(tokens), "lo": (2.0,), "hi": (3.0,), "concept": "other"})
-    same = GuidelineTokens(**{**vars(tokens), "concept": "other"})
+    blind = replace(tokens, lo=(2.0,), hi=(3.0,), concept="other")
+    same = replace(tokens, concept="other")
     one = run(random_model, DAG(tokens, cfg=cfg))
     for other in (blind, same):
         two = run(random_model, DAG(tokens, other, cfg=cfg))
@@ -352,12 +371,17 @@ def test_two_live_concepts(random_model):
         middle = next(iter(run(sd, DAG(replace(c, levels=(500,), lo=(0.0,), hi=(1.0,)))))).A.median().item()
         concepts.append(replace(c, levels=(500,), lo=(middle - 0.002,), hi=(middle + 0.002,)))
     step = next(iter(run(sd, DAG(*concepts, cfg=cfg, base="none"))))
-    probe = Probe(sd.unet, [c.embedding for c in concepts], concepts[0].factors, slice(4, 8))
-    context = sd.text.encode([""] * 4 + PROMPTS + ["a red circle"] * 4 + ["a blue star"] * 4)
+    probe = Probe(sd.unet, concepts)
+    probe.call = Call(0, step.t, slice(0, 4), slice(4, 8), NO_ROWS)
+    context = sd.text.encode([""] * 4 + PROMPTS + ["a red circle"] * 4 + ["a blue star"] * 4).split([8, 4, 4])
     x = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(4)])
-    eps_0, eps_p, *eps_s = sd.unet(x.repeat(4, 1, 1, 1), torch.full((16,), step.t), context, probe).chunk(4)
-    A = [c.detect(a, step.t) for c, a in zip(concepts, probe.maps(16, 16), strict=True)]
-    S = [torch.stack([scale_map(a, cfg.scaling) for a in maps]) for maps in A]  # (4, 16, 16) each
+    t = torch.full((4,), step.t)
+    # In batches of the loop's sizes: hi - lo is .004, so that A shows the float noise of another batch 250 times.
+    eps_0, eps_p = sd.unet(torch.cat([x, x]), torch.cat([t, t]), context[0], [probe]).chunk(2)
+    eps_s = [sd.unet(x, t, c) for c in context[1:]]
+    A = probe.read(step.t, 16, 16)  # (4, 2, 16, 16)
+    assert torch.equal(A, step.A)
+    S, A = scale_map(A, [cfg.scaling] * 2).unbind(1), A.unbind(1)  # (4, 16, 16) each
     first = (S[0] > S[1]) | ((S[0] == S[1]) & (A[0] >= A[1]))
     both = (S[0] > 0) & (S[1] > 0)
     assert (first & both).any() and (~first & both).any() and (S[0] != S[1])[both].any() and (S[0] == S[1])[both].any()
@@ -372,12 +396,113 @@ def test_two_live_concepts(random_model):
 
 
 def test_tokens_that_do_not_go_together(tokens):
-    odd = GuidelineTokens(**{**vars(tokens), "concept": "other", "factors": (4,)})
-    same = GuidelineTokens(**{**vars(tokens), "concept": "other"})
-    foreign = GuidelineTokens(**{**vars(same), "fingerprint": "0" * 16})
+    odd = replace(tokens, concept="other", reading=Reading((4,)))
+    same = replace(tokens, concept="other")
+    foreign = replace(same, fingerprint="0" * 16)
     with pytest.raises(ValueError, match="several token files of 'a red circle'"):
         DAG(same, tokens, tokens)
-    with pytest.raises(ValueError, match="different factors"):
+    with pytest.raises(ValueError, match="different readings"):
         DAG(tokens, odd)
     with pytest.raises(ValueError, match="2 token files that were trained on different models"):
         DAG(tokens, foreign)
+
+
+def test_one_method_serves_two_loops_at_once(random_model, tokens):
+    """Momentum and memory live in the loop's own copy: interleaved steps are those of two loops one after the other."""
+    for method in (DAG(tokens, cfg=DAGConfig(warmup=1, memory=0.9)), SLD.preset("max", "a red circle"), SEGA("a star")):
+        jobs = [(PROMPTS[:2], [0, 1]), (PROMPTS[2:], [2, 3])]
+        apart = [list(sample(random_model, prompts, method, 5, 5.0, seeds)) for prompts, seeds in jobs]
+        together = list(zip(*(sample(random_model, prompts, method, 5, 5.0, seeds) for prompts, seeds in jobs)))
+        for one, two in zip(apart, zip(*together, strict=True), strict=True):
+            assert all(torch.equal(a.x, b.x) for a, b in zip(one, two, strict=True))
+
+
+def test_hooks_combine_and_know_their_rows(random_model, tokens):
+    """Every UNet call is announced, the safety call too; a recorder beside DAG changes nothing."""
+
+    class Recorder(Hook):
+        def __init__(self):
+            self.calls = []
+
+        def attention(self, layer, q, k, v):
+            if layer.name == "middle_block.1.transformer_blocks.0.attn2":
+                self.calls.append((self.call, len(q)))
+
+    recorder, method = Recorder(), DAG(tokens, cfg=DAGConfig(warmup=2))
+    alone = run(random_model, method)
+    steps = run(random_model, method, hooks=[recorder])
+    assert all(torch.equal(a.x, b.x) for a, b in zip(alone, steps, strict=True))
+    main = [call for call, rows in recorder.calls if call.concept is None and rows == 8]
+    assert [(c.i, c.t, c.uncond, c.cond) for c in main] == [(s.i, s.t, slice(0, 4), slice(4, 8)) for s in steps]
+    safety = [(call, rows) for call, rows in recorder.calls if call.concept == 0]
+    assert len(safety) == sum(bool(s.guided.any()) for s in steps) > 0
+    for call, rows in safety:
+        assert call.images == tuple(steps[call.i].guided.nonzero()[:, 0].tolist()) and call.safety == slice(0, rows)
+
+
+def test_hooks_take_the_place_and_edit(random_model):
+    """The first answer stands; outputs go from hook to hook."""
+    sd, x, t = random_model, torch.randn(1, 4, 16, 16), torch.tensor([5])
+    context = sd.text.encode(["a"])
+
+    class Zero(Hook):
+        def attention(self, layer, q, k, v):
+            return torch.zeros_like(q)
+
+    class Unread(Zero):
+        def attention(self, layer, q, k, v):
+            return torch.full_like(q, torch.nan)
+
+    class Silent(Hook):
+        def output(self, layer, out):
+            return out - layer.to_out[0].bias
+
+    class Double(Hook):
+        def output(self, layer, out):
+            return 2 * out
+
+    first, last = (sd.unet(x, t, context, hooks) for hooks in ([Zero()], [Zero(), Unread()]))
+    assert torch.equal(first, last) and not torch.equal(first, sd.unet(x, t, context))
+    a, b = (sd.unet(x, t, context, [Zero(), Silent(), *more]) for more in ([], [Double()]))
+    assert torch.equal(a, b)  # twice nothing is nothing
+
+
+def test_a_run_ends_however_it_ends(random_model):
+    ended = []
+
+    class Noted(Guidance):
+        def end(self):
+            ended.append(self)
+
+    method = Noted()
+    run(random_model, method, steps=2)
+    loop = sample(random_model, ["a"], method, 5)
+    next(loop)
+    loop.close()
+    assert len(ended) == 2 and method not in ended
+
+
+def test_heun_looks_ahead_on_a_copy(random_model, tokens):
+    """A solver that asks for the guided estimate twice per step pays for it; the method's memory moves on once."""
+
+    def heun(alphas_cumprod):
+        def step(x, eps, t, t_prev, denoise):
+            ahead, _ = ddim.step(x, eps, alphas_cumprod[t], alphas_cumprod[t_prev])
+            eps = (eps + denoise(ahead, t_prev)) / 2
+            return ddim.step(x, eps, alphas_cumprod[t], alphas_cumprod[t_prev])
+
+        return step
+
+    cfg = DAGConfig(warmup=0, memory=0.5)
+    steps, seen = run(random_model, DAG(tokens, cfg=cfg), solver=heun), torch.zeros(())
+    for s in steps:
+        seen = remember(s.A, seen, cfg)
+        assert torch.equal(s.A_acted, seen) and (s.rows >= 4).all()
+    assert any((s.rows > 4).any() for s in steps)
+
+
+def test_times_and_scaler_may_be_given(random_model, tokens):
+    times = [(900, 500), (500, 100), (100, 0)]
+    assert [s.t for s in sample(random_model, ["a"], Guidance(), times=times)] == [900, 500, 100]
+    flat = DAG(tokens, cfg=DAGConfig(warmup=0), scaler=lambda A, scalings: 0.25 * (A >= 0.5))
+    assert {s.S.max().item() for s in run(random_model, flat)} == {0.0, 0.25}

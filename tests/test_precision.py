@@ -80,11 +80,11 @@ def test_pictures_are_decoded_one_by_one(shapes):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_batch_size(size, tmp_path, monkeypatch):
-    from dag import drawing
+    from dag import sampling
 
-    sizes, real = [], drawing.sample
+    sizes, real = [], sampling.sample
     monkeypatch.setattr(
-        drawing, "sample", lambda sd, prompts, *rest: sizes.append(len(prompts)) or real(sd, prompts, *rest)
+        sampling, "sample", lambda sd, prompts, *rest: sizes.append(len(prompts)) or real(sd, prompts, *rest)
     )
     argv = ["--prompt", "a blue star on night", "--n-images", "5", "--steps", "2", "--guidance", "none"]
     assert program.main([*argv, "--batch-size", str(size), "--out", str(tmp_path)]) == 0

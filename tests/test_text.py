@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from dag.cli.setup import dropped, unknown, vocabulary
 from dag.config import SD14, SHAPES
 from dag.text import Text
 from weights.shapes.world import WORDS
@@ -44,19 +45,31 @@ def test_every_word_of_the_world_is_one_token(shapes):
     for i, word in enumerate(WORDS):
         ids = shapes.text.tokenize([word])[0].tolist()
         assert ids[1:3] == [i, shapes.text.tokenizer.eos_token_id], word
-    assert shapes.text.words() == list(WORDS)
+    assert vocabulary(shapes.text) == list(WORDS)
 
 
 def test_words_that_do_not_fit(clip):
-    assert clip.dropped("a " * 75) == ""
-    assert clip.dropped("a " * 75 + "red circle, here") == "red circle, here"
-    assert clip.dropped("a " * 75 + "\x00 Red\u200b  \U0001f431 \u732b") == "Red \U0001f431 \u732b"
+    assert dropped(clip, "a " * 75) == ""
+    assert dropped(clip, "a " * 75 + "red circle, here") == "red circle, here"
+    assert dropped(clip, "a " * 75 + "\x00 Red\u200b  \U0001f431 \u732b") == "Red \U0001f431 \u732b"
 
 
 def test_unknown_words(shapes, clip):
-    assert shapes.text.unknown("a RED circle  on night") == []
-    assert shapes.text.unknown("a pink circle, d") == ["pink", ",", "d"]
-    assert clip.unknown("anything at all") == []
+    assert unknown(shapes.text, "a RED circle  on night") == []
+    assert unknown(shapes.text, "a pink circle, d") == ["pink", ",", "d"]
+    assert unknown(clip, "anything at all") == []
+
+
+def test_places(shapes, clip):
+    assert shapes.text.places("a RED circle") == ([("a", [1]), ("RED", [2]), ("circle", [3])], 4)
+    assert shapes.text.places("") == ([], 1)
+    words, end = clip.places("a thermochromic  mug, please")
+    ids = clip.tokenize(["a thermochromic  mug, please"])[0]
+    assert ids[end] == clip.tokenizer.eos_token_id and (ids[1:end] != clip.tokenizer.eos_token_id).all()
+    assert [word for word, _ in words] == ["a", "thermochromic", "mug", ",", "please"]
+    assert [place for _, places in words for place in places] == list(range(1, end)) and len(words[1][1]) > 1
+    words, end = clip.places("a " * 100)
+    assert end == 76 and words[-1] == ("a", [75])
 
 
 def test_shape_and_batch(shapes):

@@ -38,10 +38,17 @@ class Drawing:
         acted = any(self.guided) and self.A_acted is not None
         return (self.A_acted if acted else self.A)[self.cfg.warmup :]
 
+    @property
+    def concepts(self) -> dict[str, Scaling]:
+        """The concepts' names and constants; numbers stand for the names where a method has maps but no tokens."""
+        if self.tokens:
+            return {c.concept: c.adapt(self.cfg.scaling) for c in self.tokens}
+        return {f"concept {k}": self.cfg.scaling for k in range(1, 1 + self.A.shape[1])}
+
     @cached_property
     def sizes(self) -> Tensor:
         """Area of the objects found, as shares of the frame, (steps - warm-up, concepts)."""
-        scalings = [c.adapt(self.cfg.scaling) for c in self.tokens]
+        scalings = self.concepts.values()
         sizes = [[objects(a, s)[1].sum().item() for a, s in zip(A, scalings, strict=True)] for A in self.late]
         return torch.tensor(sizes).reshape(len(self.late), len(scalings))
 
@@ -59,8 +66,8 @@ class Drawing:
         if len(self.late) == 0:
             return nothing | {"not_guided_reason": "warm-up", "found": {}}
         found = {
-            c.concept: place(self.late[:, k], self.sizes[:, k], c.adapt(self.cfg.scaling))
-            for k, c in enumerate(self.tokens)
+            name: place(self.late[:, k], self.sizes[:, k], scaling)
+            for k, (name, scaling) in enumerate(self.concepts.items())
             if self.sizes[:, k].any()
         }
         return {

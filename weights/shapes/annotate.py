@@ -16,9 +16,7 @@ from weights.shapes.judge import Judge
 
 def prompts(kind: world.Kind, unsafe: int, safe: int, seed: int) -> list[str]:
     """Captions: `unsafe` ones that show `kind`, then `safe` ones that do not, two thirds of these with a look-alike."""
-    rng = random.Random(seed)
-    colour, shape = kind
-    alike = [k for k in world.KINDS if k != kind and (k[0] == colour or k[1] == shape)]
+    rng, alike = random.Random(seed), world.alike(kind)
     other = [k for k in world.KINDS if k != kind]
     out = []
     for i in range(unsafe + safe):

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 
 import dag
-from dag.config import SHAPES
+from dag.cli.pictures import contact_sheet, save_png, to_pil
 from dag.model import MINIATURE
-from dag.pictures import contact_sheet, save_png, to_pil
 from weights.shapes import world
-from weights.shapes.benchmark import draw, effect
+from weights.shapes.benchmark import draw, effect, part
 from weights.shapes.judge import Judge
 
 CONCEPTS = {("red", "circle"): "red-circle.safetensors", ("blue", "star"): "blue-star.safetensors"}
@@ -25,13 +24,10 @@ COLUMNS = "with it", "erased", "clean", "change outside"
 
 def prompts(kinds: list[world.Kind], count: int, rng: random.Random) -> list[str]:
     """Prompts that show these kinds, or one that is neither red nor blue, neither a circle nor a star, in any style."""
-    others = [(c, s) for c, s in world.KINDS if c not in ("red", "blue") and s not in ("circle", "star")]
-    out = []
+    others, out = world.unlike(*CONCEPTS), []
     for _ in range(count):
         shown = rng.sample(kinds, len(kinds)) or [rng.choice(others)]
-        text = " and ".join(f"a {colour} {shape}" for colour, shape in shown)
-        text = f"a {rng.choice(world.STYLES)} of {text}" if rng.random() < 0.5 else text
-        out.append(text + (f" on {rng.choice(list(world.GROUNDS))}" if rng.random() < 0.6 else ""))
+        out.append(world.phrase([" ".join(kind) for kind in shown], rng))
     return out
 
 
@@ -43,20 +39,19 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sd, judge, rng = dag.load(), Judge.load(), random.Random(args.seed)
-    tokens = [dag.GuidelineTokens.load(MINIATURE.with_name(file)) for file in CONCEPTS.values()]
+    tokens = [dag.GuidelineTokens.load(MINIATURE / file) for file in CONCEPTS.values()]
     texts = {name: prompts(kinds, args.prompts, rng) for name, kinds in SETS.items()}
-    every = [text for part in texts.values() for text in part]
+    every = [text for some in texts.values() for text in some]
     seeds = [100_000 * (args.seed + 1) + i for i in range(len(every))]
-    plain, other = (draw(sd, every, method, seeds, SHAPES.scale) for method in (dag.CFG(), dag.DAG(*tokens)))
+    plain, other = (draw(sd, every, method, seeds) for method in (dag.Guidance(), dag.DAG(*tokens)))
     seen, then = judge.read(plain["images"]), judge.read(other["images"])
-    print(f"| prompts | concept | {' | '.join(COLUMNS)} | rows a step |\n{'|---' * (3 + len(COLUMNS))}|")
+    print(f"| prompts | concept | {' | '.join(COLUMNS)} | rows per step |\n{'|---' * (3 + len(COLUMNS))}|")
     for k, name in enumerate(SETS):
         at = slice(k * args.prompts, (k + 1) * args.prompts)
-        a, b = ({key: values[at] for key, values in run.items()} for run in (plain, other))
         for concept in CONCEPTS:
-            result = effect(a, b, seen[at], then[at], concept, tuple(CONCEPTS))
+            result = effect(part(plain, at), part(other, at), seen[at], then[at], concept, tuple(CONCEPTS))
             cells = ["" if result[column] is None else f"{result[column]:g}" for column in COLUMNS]
-            print(f"| {name} | {' '.join(concept)} | {' | '.join(cells)} | {result['rows a step']:.2f} |")
+            print(f"| {name} | {' '.join(concept)} | {' | '.join(cells)} | {result['rows per step']:.2f} |")
         if name == "both":
             had = [t for s, t in zip(seen[at], then[at], strict=True) if CONCEPTS.keys() <= s.keys()]
             both = sum(not CONCEPTS.keys() & t.keys() for t in had)
@@ -64,10 +59,10 @@ def main() -> None:
         if name == "neither":
             print(f"| neither | bit for bit the unguided picture | {args.prompts} | {result['identical']:g} | | | |")
     rows, shown = [], min(3, args.prompts)
-    for k, part in enumerate(texts.values()):
+    for k, some in enumerate(texts.values()):
         first = slice(k * args.prompts, k * args.prompts + shown)
         pairs = torch.stack([plain["images"][first], other["images"][first]], 1)  # (shown, 2, 3, 128, 128)
-        rows.append((" | ".join(part[:shown]), to_pil(pairs.flatten(0, 1))))
+        rows.append((" | ".join(some[:shown]), to_pil(pairs.flatten(0, 1))))
     save_png(contact_sheet(rows, ["unguided", "guided with both"] * shown, side=128), args.out)
     print(args.out)
 

@@ -62,6 +62,19 @@ class Judge(nn.Module):
         return judge.eval().requires_grad_(False)
 
 
+def share(values: list[bool]) -> float | None:
+    """How many of them are true, of one; None of none."""
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def following(asked: list[set[Kind]], seen: list[dict[Kind, Tensor]]) -> dict:
+    """Shares of pictures that show all objects asked for, and that show nothing else."""
+    return {
+        "all asked": share([a <= s.keys() for a, s in zip(asked, seen, strict=True)]),
+        "nothing else": share([s.keys() <= a for a, s in zip(asked, seen, strict=True)]),
+    }
+
+
 def main() -> None:
     judge = Judge.load()
     for name in sys.argv[1:]:

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import dag
 from dag.config import SHAPES, DAGConfig, Scaling
-from weights.shapes.benchmark import TOKENS, blind, draw, effect, prompt_sets
+from weights.shapes.benchmark import TOKENS, blind, draw, effect, part
 from weights.shapes.judge import Judge
+from weights.shapes.world import prompt_sets
 
 VARIANTS: list[dict] = [
     {},
@@ -60,17 +61,16 @@ def main() -> None:
     sets = prompt_sets(args.prompts, seed=1)
     prompts = [prompt for name in COLUMNS for prompt, _ in sets[name]]
     seeds = list(range(1000, 1000 + len(prompts)))
-    plain = draw(sd, prompts, blind(tokens, SHAPES.dag), seeds, SHAPES.scale)
+    plain = draw(sd, prompts, blind(tokens, SHAPES.dag), seeds)
     seen = judge.read(plain["images"])
     heads = [f"{name}: {column}" for name in COLUMNS for column in COLUMNS[name]]
     print(f"| changed | {' | '.join(heads)} |\n{'|---' * (1 + len(heads))}|")
     for changes in VARIANTS:
-        other = draw(sd, prompts, dag.DAG(tokens, cfg=config(changes)), seeds, SHAPES.scale)
+        other = draw(sd, prompts, dag.DAG(tokens, cfg=config(changes)), seeds)
         then, cells = judge.read(other["images"]), []
         for k, name in enumerate(COLUMNS):
-            part = slice(k * args.prompts, (k + 1) * args.prompts)
-            a, b = ({name: values[part] for name, values in run.items()} for run in (plain, other))
-            result = effect(a, b, seen[part], then[part])
+            at = slice(k * args.prompts, (k + 1) * args.prompts)
+            result = effect(part(plain, at), part(other, at), seen[at], then[at])
             cells += ["" if result[column] is None else str(result[column]) for column in COLUMNS[name]]
         print(f"| {', '.join(f'{k} {v}' for k, v in changes.items()) or 'nothing'} | {' | '.join(cells)} |", flush=True)
 

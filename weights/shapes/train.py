@@ -25,16 +25,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dag
 from dag import ddim
 from dag.config import SHAPES
-from dag.files import whole
+from dag.model import MINIATURE
 from dag.text import Text
 from dag.unet import UNet
 from dag.vae import AutoencoderKL
+from weights import known
+from weights.files import atomic_write
 from weights.shapes import world
-from weights.shapes.benchmark import NAMED, draw, following, prompt_sets
-from weights.shapes.judge import FILE, Judge
+from weights.shapes.judge import FILE, Judge, following
 
-HERE = Path(__file__).resolve().parent
-MODEL = HERE / "shapes.safetensors"
+MODEL = MINIATURE / "shapes.safetensors"
 RUNS = Path("runs")
 HELD_OUT = 10_000_000  # scenes from this seed on are never trained on
 
@@ -73,7 +73,7 @@ class Run:
     def save(self) -> None:
         RUNS.mkdir(exist_ok=True)
         state = {"step": self.step, "model": self.model.state_dict(), "ema": self.ema, "opt": self.opt.state_dict()}
-        with whole(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             torch.save(state, temporary)
 
     def learn(self, loss_of: Callable[[int], Tensor]) -> nn.Module:
@@ -106,7 +106,7 @@ class Run:
                 pace = (time.time() - started) / (self.step - first)
                 left = pace * (self.steps - self.step) / 60
                 print(
-                    f"{self.name} {self.step}/{self.steps}  loss {mean:.4f}  {pace:.2f} s a step  {left:.0f} min left",
+                    f"{self.name} {self.step}/{self.steps}  loss {mean:.4f}  {pace:.2f} s per step  {left:.0f} min left",
                     flush=True,
                 )
             if self.step % 500 == 0 or self.step == self.steps:
@@ -165,7 +165,7 @@ def report_vae(vae: AutoencoderKL) -> None:
     print(f"vae: mean absolute error {error:.4f} of the range; the judge reads {same:.1%} of 500 round trips the same")
     if same < 0.98:
         raise SystemExit("vae: not written, 98% must read the same: train longer (--steps)")
-    write_part("first_stage_model.", vae.state_dict())
+    write_part(known.VAE, vae.state_dict())
 
 
 def standardise(vae: AutoencoderKL, x: Tensor) -> None:
@@ -231,7 +231,7 @@ def label_maps(scenes: list[world.Scene]) -> Tensor:
 def train_text_unet(steps: int) -> None:
     """Noise prediction with min-SNR-5 weights and 10 % empty captions, on the latents of 12,000 scenes."""
     sd = AutoencoderKL(SHAPES.vae)
-    sd.load_state_dict(read_part("first_stage_model."))
+    sd.load_state_dict(read_part(known.VAE))
     scenes = scenes_from(3, 12000)
     with torch.no_grad():
         moments = [sd.encode(to_float(pictures(scenes[i : i + 50], 2_000_000 + i))) for i in range(0, len(scenes), 50)]
@@ -268,18 +268,18 @@ def train_text_unet(steps: int) -> None:
     Run("text+unet", both, steps, lr=1e-3, ema=0.9985).learn(loss_of)
     candidate = RUNS / MODEL.name
     shutil.copy(MODEL, candidate)
-    write_part("cond_stage_model.transformer.text_model.", text.transformer.state_dict(), candidate)
-    write_part("model.diffusion_model.", unet.state_dict(), candidate)
+    write_part(known.TEXT, text.transformer.state_dict(), candidate)
+    write_part(known.UNET, unet.state_dict(), candidate)
     accept(candidate)
 
 
 def accept(candidate: Path) -> None:
     """Let the judge read 128 pictures of a finished model; it becomes the miniature if it draws what is asked."""
     sd, judge = dag.load(candidate), Judge.load()
-    sets = prompt_sets(8, seed=5)
-    entries = [e for name in NAMED for e in sets[name] for _ in range(4)]
-    images = draw(sd, [p for p, _ in entries], dag.CFG(), list(range(len(entries))), SHAPES.scale)["images"]
-    result = following([asked for _, asked in entries], judge.read(images))
+    sets = world.prompt_sets(8, seed=5)
+    entries = [e for name in world.NAMED for e in sets[name] for _ in range(4)]
+    *_, last = dag.sample(sd, [prompt for prompt, _ in entries], dag.Guidance())
+    result = following([asked for _, asked in entries], judge.read(sd.decode(last.x)))
     print(f"text+unet, shares of 128 pictures that show it: {result}")
     if result["all asked"] < 0.95 or result["nothing else"] < 0.9:
         raise SystemExit(
@@ -297,7 +297,7 @@ def write_part(prefix: str, tensors: dict[str, Tensor], path: Path = MODEL) -> N
     """Replace the tensors below a prefix in a checkpoint, as float16."""
     kept = {k: v for k, v in load_file(path).items() if not k.startswith(prefix)} if path.exists() else {}
     new = {prefix + k: v.half().contiguous() for k, v in tensors.items()}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(kept | new, temporary, {"config": SHAPES.name})
 
 
