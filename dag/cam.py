@@ -44,11 +44,12 @@ def guideline_maps(q: Tensor, dk: Tensor, heads: str = "mean") -> Tensor:
     """How much each pixel attends to each concept row rather than to the background row, over all heads.
 
     q (b, h, n, d) are the layer's queries, dk (h, K, d) its `guideline_keys`; heads: their "mean" or "max".
-    Returns (b, K, n) float32 in (0, 1).
+    Returns (b, K, n) in (0, 1), float32 (float64 for float64).
     One concept row against the background row is a softmax of two, which is a sigmoid of the difference:
     softmax([q.k_0, q.k_k] / sqrt(d))_1 = sigmoid(q.(k_k - k_0) / sqrt(d))  (paper Eq. 1 with OVAM's background row).
     """
-    maps = torch.sigmoid(q.float() @ dk.float().transpose(1, 2))  # (b, h, n, K)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    maps = torch.sigmoid(q.to(wide) @ dk.to(wide).transpose(1, 2))  # (b, h, n, K)
     return (maps.mean(1) if heads == "mean" else maps.amax(1)).transpose(1, 2)  # (b, K, n)
 
 

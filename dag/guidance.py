@@ -41,9 +41,9 @@ class Inputs:
     abar_t: Tensor  # () of the noise schedule
     # safety(concept, images) -> eps_s of that concept for those images, (images, 4, H, W); one UNet row each
     safety: Callable[[int, list[int]], Tensor]
-    # denoise(x, t) -> eps_0 and eps_p at another latent or time; two UNet rows per image. Differentiable in x under
-    # torch.enable_grad().
-    denoise: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    # denoise(x, t, context=None) -> eps_0 and eps_p at another latent, time or context; two UNet rows per image.
+    # Differentiable in x and context under torch.enable_grad().
+    denoise: Callable[..., tuple[Tensor, Tensor]]
 
     @property
     def cfg_eps(self) -> Tensor:

@@ -55,13 +55,11 @@ class StableDiffusion(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.vae.quant_conv.weight.dtype
 
-    @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Picture (b, 3, 8H, 8W) in [-1, 1] -> scaled latent (b, 4, H, W) float32: the mean of the posterior."""
         mean, _ = self.vae.encode(image.to(self.device, self.dtype))  # (b, 4, H, W)
         return mean.float() * self.config.vae.scale_factor
 
-    @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent (b, 4, H, W) -> picture (b, 3, 8H, 8W) in [-1, 1], float32.
 

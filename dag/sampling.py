@@ -56,11 +56,11 @@ class Denoiser:
             hook.call = call
         return self.sd.unet(x, torch.full((len(x),), call.t, device=x.device), context, self.hooks)
 
-    def pair(self, i: int, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """eps_0 and eps_p, (b, 4, H, W) each."""
+    def pair(self, i: int, x: Tensor, t: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """eps_0 and eps_p, (b, 4, H, W) each; context: default the run's."""
         self.rows += 2
         call = Call(i, t, slice(0, self.b), slice(self.b, 2 * self.b), NO_ROWS)
-        eps_0, eps_p = self.unet(call, torch.cat([x, x]), self.run.context).chunk(2)
+        eps_0, eps_p = self.unet(call, torch.cat([x, x]), self.run.context if context is None else context).chunk(2)
         return eps_0, eps_p
 
     def safety(self, i: int, x: Tensor, t: int, concept: int, images: list[int]) -> Tensor:
@@ -76,7 +76,7 @@ class Denoiser:
         return Inputs(
             i, t, x, self.scale, eps_0, eps_p, A, self.run.context, self.sd.alphas_cumprod[t],
             safety=lambda concept, images: self.safety(i, x, t, concept, images),
-            denoise=lambda x, t: self.pair(i, x, t),
+            denoise=lambda x, t, context=None: self.pair(i, x, t, context),
         )  # fmt: skip
 
     def guided(self, i: int) -> Callable[[Tensor, int], Tensor]:
