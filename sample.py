@@ -34,31 +34,15 @@ def parser() -> Parser:
     scales = f"{SD14.scale:g}, miniature {SHAPES.scale:g}"
     add("--scale", type=number(float, 0, 1000), help=f"guidance scale s_g (default: {scales})")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of the first picture of each prompt (default: 0)")
-    add(
-        "--n-images",
-        type=number(int, 1, 10000),
-        default=1,
-        help="pictures per prompt; number i uses seed + i (default: 1)",
-    )
-    add(
-        "--batch-size",
-        type=number(int, 1, 1000),
-        help="pictures drawn side by side (default: as many as make four of 512 x 512)",
-    )
+    add("--n-images", type=number(int, 1, 10000), default=1, help="per prompt; number i uses seed + i (default: 1)")
+    add("--batch-size", type=number(int, 1, 1000), help="drawn side by side (default: what makes four of 512 x 512)")
     for name in ("--height", "--width"):
         add(name, type=side, help=f"pixels, a multiple of {SIDE} (default: {SD14.size}, miniature {SHAPES.size})")
-    add(
-        "--attention",
-        choices=("auto", "plain", "fused"),
-        default="auto",
-        help="attention with guideline maps by PyTorch (plain) or the Triton kernel (fused); auto is plain for now",
-    )
-    add(
-        "--guidance",
-        type=methods,
-        metavar="LIST",
-        help=f"a column for each of these: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)",
-    )
+    choices = ("auto", "plain", "fused")
+    implementations = "maps by PyTorch (plain) or the Triton kernel (fused); auto is plain for now (default: auto)"
+    add("--attention", choices=choices, default="auto", help=implementations)
+    columns = f"a column for each: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)"
+    add("--guidance", type=methods, metavar="LIST", help=columns)
     add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
     add("--safety-text", metavar="TEXT", help="what guidance pushes away from (default: the token file's)")
     add("--detect", type=Path, metavar="PICTURE", help="draw nothing; say what the tokens see in this picture")

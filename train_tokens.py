@@ -31,17 +31,9 @@ def parser() -> Parser:
     add("--recipe", choices=("default", "paper"), default="default", help="ours or the paper's (default: default)")
     add("--n-unsafe", type=number(int, 1, 1000), default=5, help="unsafe pictures to draw without --data (default: 5)")
     add("--n-safe", type=number(int, 0, 1000), default=3, help="safe pictures to draw without --data (default: 3)")
-    add(
-        "--steps",
-        type=number(int, 1, 100000),
-        help=f"optimisation steps (default: 1500; paper: {PAPER_STEPS} per unsafe picture)",
-    )
-    add(
-        "--min-area",
-        type=number(float, 0, 1),
-        metavar="SHARE",
-        help="ignore objects below this share of the frame (default: the model's)",
-    )
+    add("--steps", type=number(int, 1, 100000), help=f"(default: 1500; paper: {PAPER_STEPS} per unsafe picture)")
+    smallest = "ignore objects below this share of the frame (default: the model's)"
+    add("--min-area", type=number(float, 0, 1), metavar="SHARE", help=smallest)
     add("--seed", type=number(int, 0, 2**62), default=0, help="of pictures and optimisation (default: 0)")
     add("--out", type=Path, default=Path("out/tokens.safetensors"), metavar="FILE", help="token file to write")
     return parser

@@ -14,7 +14,7 @@ import importlib.metadata
 
 # Names are looked up when they are used: torch takes seconds to import, and `sample.py --help` should not wait for it.
 _HOME = {
-    "CFG": "guidance", "DAG": "guidance", "Estimate": "guidance", "Guidance": "guidance", "Negative": "evaluation.baselines",
+    "DAG": "guidance", "Estimate": "guidance", "Guidance": "guidance", "Negative": "evaluation.baselines",
     "SEGA": "evaluation.baselines", "SLD": "evaluation.baselines", "GuidelineTokens": "tokens", "Hook": "attention",
     "StableDiffusion": "model", "load": "model", "Step": "sampling", "detect": "sampling", "sample": "sampling",
 }  # fmt: skip

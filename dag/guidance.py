@@ -100,9 +100,6 @@ class Guidance:
         """Called on the loop's copy when its loop ends, however it ends."""
 
 
-CFG = Guidance  # its name in the field
-
-
 class DAG(Guidance):
     """Detect-and-Guide: where the tokens see the concept, push away from the safety text (paper Eq. 4, Table 1).
 

@@ -12,7 +12,7 @@ CHOICES = ("auto", "plain", "fused")
 def for_run(choice: str, sd: StableDiffusion, tokens: Sequence[GuidelineTokens]) -> AttentionWithMaps | None:
     """The fused kernel, or None for plain PyTorch: one choice for all methods of a run that reads these tokens.
 
-    "auto" is plain for now, because the compiled kernel has never run on a GPU.
+    "auto" is plain for now, because the compiled kernel has never run on a GPU (see kernels/bench.py).
     Raises ValueError for an unknown choice, or where "fused" cannot run.
     """
     if choice not in CHOICES:

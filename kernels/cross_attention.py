@@ -1,17 +1,11 @@
 """Cross-attention and guideline maps in one pass over the queries: a Triton kernel, its launcher, a PyTorch operator.
 
-Formula, per head and pixel; dk (h, K, d) = (k_k - k_0) / sqrt(d), K concept rows against the background (dag/cam.py):
+Formula, per head and pixel; dk (h, K, d) = (k_k - k_0) / sqrt(d), K concept rows against the background row:
 
     out = softmax(q k^T / sqrt(d)) v             of every batch row
     map = mean over heads of sigmoid(q dk^T)     of the batch rows asked for
 
-The same in plain PyTorch, without limits (as in dag/attention.py; this file is tested against it in float64):
-
-    p = torch.softmax(q @ k.transpose(2, 3) / d**0.5, dim=-1)     # (b, h, n, m)
-    out = p @ v                                                   # (b, h, n, d)
-    a = torch.sigmoid(q[rows] @ dk.transpose(1, 2))               # (rows, h, n, K)
-    maps = a.mean(1).transpose(1, 2)                              # (rows, K, n)
-    return out, maps
+`attention_with_maps` in dag/cam.py is the same in plain PyTorch, without limits. The tests compare with it in float64.
 
 Who does what. The grid is (ceil(n / 64), h, b): a program has 64 pixels of one head of one batch row. All keys of a
 text fit in it, so there is no loop over keys and no running softmax. For d = 80, m = 77, K = 4:
@@ -34,23 +28,17 @@ text fit in it, so there is no loop over keys and no running softmax. For d = 80
   second, small kernel for the mean over heads (in here that would take atomics, whose order, and with it the mask,
   changes from run to run). Programs of other batch rows skip all of it. The map lies between logits and softmax because
   the fewest registers are in use there.
-- Strides. Any, but the d channels of a head lie side by side; nothing is copied. Strides of heads, pixels and keys are
-  constants of the compiled kernel: 40, the head stride of d = 40, is a multiple of 8 but not of 16, the only multiple
-  Triton sees by itself, and without one no load is 128 bits wide.
-- Refused, in one line: devices other than CUDA of capability 8.0 and newer, dtypes other than float16 and bfloat16
-  (interpreted: the CPU and float32 too), d > 160, m > 80, K > 16, gradients. The plain one has no limits, and
-  dag/attention.py the rule which of the two runs.
+- Strides. They may be any, except that the d channels of a head lie side by side; nothing is copied. Those of heads,
+  pixels and keys are constants of the compiled kernel: 40, the head stride of d = 40, is a multiple of 8 but not of 16,
+  the only multiple Triton sees by itself, and without one no load is 128 bits wide.
+- Limits. `obstacle` and `fault` refuse, in one line, what the kernel cannot do: GPUs below capability 8.0, dtypes other
+  than float16 and bfloat16 (interpreted, the CPU and float32 are allowed too), d > 160, m > 80 and K > 16.
+
+THE COMPILED KERNEL HAS NEVER RUN ON A GPU. kernels/bench.py says what to do first; the rule is in kernels/choice.py.
 
 Proved by  python -m pytest tests/test_kernel.py            interpreted, and compiled for GPUs that are not there
            python -m pytest -m full tests/test_kernel.py    the same, every shape
 Timed by   python -m kernels.bench                          on a GPU; without one it prints bytes and instructions
-
-Before you rely on it: THE COMPILED KERNEL HAS NEVER RUN, only its source (interpreted) and its machine code (read).
-On a GPU, first of all run `python -m kernels.bench`. It compares every shape with float64, times what is at most twice
-as wrong as PyTorch in the same dtype, and exits with 1 if anything is worse. Expected: nothing is; fused / (SDPA + map)
-< 1 everywhere; fused / SDPA <= 1.30 at b = 2 and <= 1.15 at b = 6. Until someone has seen that, "auto" is plain; then
-make it the kernel in the one line of the rule in dag/attention.py, unless fused loses to SDPA + map. Without a probe,
-main attention is SDPA in any case.
 """
 
 import functools
@@ -62,13 +50,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from dag.cam import attention_with_maps
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run in numpy, on the CPU
 M0, M1 = 64, 16  # chunks of text keys
 MAX_D, MAX_M, MAX_K = 160, M0 + M1, 16
-
 BLOCK_N = 64  # pixels of a program, on 4 warps: 16 rows of a tensor-core tile each
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}  # of the compiler; there is no loop to stage
-
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 
 
@@ -103,7 +91,7 @@ def attention_kernel(
     n, stride_qb, stride_kb, stride_vb,
     STRIDE_Q: tl.constexpr, STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr,  # (of heads, of pixels or keys)
     STRIDE_DK: tl.constexpr,  # (of heads, of concept rows)
-    H: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+    HEADS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, K: tl.constexpr,  # h, m, d, K
     D0: tl.constexpr, D1: tl.constexpr, M0: tl.constexpr, M1: tl.constexpr,  # chunks: D <= D0 + D1, M <= M0 + M1
     K_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +119,7 @@ def attention_kernel(
         dk_ptr += h * STRIDE_DK[0]
         a = tl.dot(q0, tl.trans(tile(dk_ptr, g, STRIDE_DK[1], K, D, 0, D0)))  # (BLOCK_N, D0) @ (D0, K_PAD)
         a = tl.dot(q1, tl.trans(tile(dk_ptr, g, STRIDE_DK[1], K, D, D0, D1)), a)
-        maps_ptr += (slot.to(tl.int64) * H + h) * K * n
+        maps_ptr += (slot.to(tl.int64) * HEADS + h) * K * n
         tl.store(maps_ptr + g[None, :] * n + i[:, None], tl.sigmoid(a), mask=inside(i, n, g, K, K_PAD))
 
     # -- softmax over the keys --
@@ -145,9 +133,9 @@ def attention_kernel(
     norm = 1.0 / (tl.sum(p0, 1) + tl.sum(p1, 1))  # (BLOCK_N,)
 
     # -- values, one chunk of channels after the other --
-    out_ptr += (b * n * H + h) * D
-    store_values(out_ptr, p0, p1, norm, v_ptr, j0, j1, STRIDE_V[1], M, i, n, H * D, D, 0, D0)
-    store_values(out_ptr, p0, p1, norm, v_ptr, j0, j1, STRIDE_V[1], M, i, n, H * D, D, D0, D1)
+    out_ptr += (b * n * HEADS + h) * D
+    store_values(out_ptr, p0, p1, norm, v_ptr, j0, j1, STRIDE_V[1], M, i, n, HEADS * D, D, 0, D0)
+    store_values(out_ptr, p0, p1, norm, v_ptr, j0, j1, STRIDE_V[1], M, i, n, HEADS * D, D, D0, D1)
 
 
 @triton.jit
@@ -160,9 +148,9 @@ def store_values(
     v1 = tile(v_ptr, j1, stride_v, M, D, FIRST, WIDTH)  # (M1, WIDTH)
     out = tl.dot(p0.to(v0.dtype), v0)  # (BLOCK_N, M0) @ (M0, WIDTH)
     out = tl.dot(p1.to(v1.dtype), v1, out) * norm[:, None]
-    c = FIRST + tl.arange(0, WIDTH)  # (WIDTH,) channels
-    out_ptr += i[:, None] * stride_out + c[None, :]
-    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=inside(i, n, c, D, FIRST + WIDTH))
+    j = FIRST + tl.arange(0, WIDTH)  # (WIDTH,) channels
+    out_ptr += i[:, None] * stride_out + j[None, :]
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=inside(i, n, j, D, FIRST + WIDTH))
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, K: int = 1, d: int = 16) -> str | None:
@@ -178,22 +166,22 @@ def obstacle(device: torch.device, dtype: torch.dtype, K: int = 1, d: int = 16) 
     return None
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> None:
-    """Raises ValueError for what the kernel would compute wrongly."""
+def fault(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> str | None:
+    """What the kernel would compute wrongly, None if nothing."""
     b, h, _, d = q.shape
     m, K = k.shape[2], dk.shape[1]
-    found = obstacle(q.device, q.dtype, K, d)
-    if found is None and not (k.shape == v.shape == (b, h, m, d) and 1 <= m <= MAX_M and dk.shape == (h, K, d)):
+    if (found := obstacle(q.device, q.dtype, K, d)) is not None:
+        return found
+    if not (k.shape == v.shape == (b, h, m, d) and 1 <= m <= MAX_M and dk.shape == (h, K, d)):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v), ("dk", dk)))
-        found = f"{shapes}, expected (b, h, n, d), (b, h, m, d) twice with m <= {MAX_M}, (h, K, d)"
-    if found is None and len({(x.dtype, x.device) for x in (q, k, v, dk)}) > 1:
-        found = f"q, k, v, dk are {', '.join(f'{x.dtype} on {x.device}' for x in (q, k, v, dk))}, expected all the same"
-    if found is None and any(x.stride(-1) != 1 for x in (q, k, v, dk)):
-        found = f"strides of the last axes are {[x.stride(-1) for x in (q, k, v, dk)]}, expected 1"
-    if found is None and not (len(set(rows)) == len(rows) and set(rows) <= set(range(b))):
-        found = f"rows are {list(rows)}, expected different ones of 0 to {b - 1}"
-    if found is not None:
-        raise ValueError(f"the fused kernel cannot run: {found}; dag.attention.cross_attention_with_maps can")
+        return f"{shapes}, expected (b, h, n, d), (b, h, m, d) twice with m <= {MAX_M}, (h, K, d)"
+    if len({(x.dtype, x.device) for x in (q, k, v, dk)}) > 1:
+        return f"q, k, v, dk are {', '.join(f'{x.dtype} on {x.device}' for x in (q, k, v, dk))}, expected all the same"
+    if any(x.stride(-1) != 1 for x in (q, k, v, dk)):
+        return f"strides of the last axes are {[x.stride(-1) for x in (q, k, v, dk)]}, expected 1"
+    if not (len(set(rows)) == len(rows) and set(rows) <= set(range(b))):
+        return f"rows are {list(rows)}, expected different ones of 0 to {b - 1}"
+    return None
 
 
 @functools.cache  # a copy to the device takes longer than the kernel, and cannot be part of a CUDA graph
@@ -216,16 +204,15 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int], 
     maps = q.new_empty(len(rows), h, K, n, dtype=torch.float32)
     tensors = q, k, v, dk, slots(tuple(rows), b, q.device), out, maps
     strides = {"STRIDE_" + name: x.stride()[-3:-1] for name, x in (("Q", q), ("K", k), ("V", v), ("DK", dk))}
-    sizes = {"H": h, "M": m, "D": d, "K": K, "M0": M0, "M1": M1, "K_PAD": 8 if K <= 8 else 16, "BLOCK_N": block_n}
+    sizes = {"HEADS": h, "M": m, "D": d, "K": K, "M0": M0, "M1": M1, "K_PAD": 8 if K <= 8 else 16, "BLOCK_N": block_n}
     sizes["D0"], sizes["D1"] = chunks(d)
     return (*tensors, n, q.stride(0), k.stride(0), v.stride(0)), strides | sizes | OPTIONS
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int], block_n: int = BLOCK_N
-) -> tuple[Tensor, Tensor]:
-    """Run the kernel; arguments and results as of `cross_attention_with_maps`."""
-    check(q, k, v, dk, rows)
+def launch(q, k, v, dk, rows: Sequence[int], block_n: int = BLOCK_N) -> tuple[Tensor, Tensor]:
+    """Run the kernel; arguments and results as of `cross_attention_with_maps`, block_n pixels in a program."""
+    if (found := fault(q, k, v, dk, rows)) is not None:
+        raise ValueError(f"the fused kernel cannot run: {found}; dag.cam.attention_with_maps can")
     b, h, n, _ = q.shape
     values, constants = arguments(q, k, v, dk, rows, block_n)
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -235,43 +222,33 @@ def launch(
 
 
 @torch.library.custom_op("dag::cross_attention_with_maps", mutates_args=(), device_types="cuda")
-def operator(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """One node of a graph for torch.compile; run it once before capturing a CUDA graph."""
+def cross_attention_with_maps(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """`attention_with_maps` of dag/cam.py in one kernel: the same arguments and results, within rounding.
+
+    q (b, h, n, d); k and v (b, h, m, d); dk (h, K, d); rows: batch rows whose maps are wanted, in this order.
+    Returns out (b, h, n, d) and maps (rows, K, n) float32. torch.compile sees one node; run it once before capturing a
+    CUDA graph. Raises ValueError for what `fault` names, NotImplementedError when gradients are asked for.
+    """
     return launch(q, k, v, dk, rows)
 
 
-@operator.register_kernel("cpu")
-def _(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+@cross_attention_with_maps.register_kernel("cpu")
+def _(q, k, v, dk, rows):
     if INTERPRETED:
         return launch(q, k, v, dk, rows)
-    from dag.attention import cross_attention_with_maps as plain  # here: dag/ stands on this folder, not the reverse
-
-    out, maps = plain(q, k, v, dk, list(rows))
+    out, maps = attention_with_maps(q, k, v, dk, rows)
     return out.transpose(1, 2).contiguous().transpose(1, 2), maps.contiguous()  # laid out as the kernel's
 
 
-@operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+@cross_attention_with_maps.register_fake
+def _(q, k, v, dk, rows):
     b, h, n, d = q.shape
-    maps = q.new_empty(len(rows), dk.shape[1], n, dtype=torch.float32)
+    maps = q.new_empty(len(rows), dk.shape[1], n, dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(b, n, h, d).transpose(1, 2), maps
 
 
-@operator.register_autograd
+@cross_attention_with_maps.register_autograd
 def _(ctx, *gradients):
     raise NotImplementedError(
         "the fused kernel has no gradient; expected a call under torch.no_grad(); train with attention 'plain'"
     )
-
-
-def cross_attention_with_maps(
-    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice | Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """dag.attention.cross_attention_with_maps in one kernel: the same arguments and results, within rounding.
-
-    q (b, h, n, d); k and v (b, h, m, d), m <= 80; dk (h, K, d), K <= 16; all of one dtype; d <= 160, with stride 1.
-    rows: batch rows whose maps are wanted, in this order. Returns out (b, h, n, d) and maps (rows, K, n) float32.
-    Raises ValueError for what the kernel cannot do, NotImplementedError when gradients are asked for.
-    """
-    rows = range(len(q))[rows] if isinstance(rows, slice) else rows
-    return operator(q, k, v, dk, list(rows))

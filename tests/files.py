@@ -7,11 +7,11 @@ tensor. A tensor's values depend on its name only, so every kind of file of one 
 """
 
 import argparse
+import io
 import json
 import pickle
+import re
 import struct
-import sys
-import types
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from dag.config import SD14, Config
-from dag.model import EMA, OLD_TEXT, TEXT, UNET, VAE, StableDiffusion
+from dag.model import StableDiffusion
 from weights.checkpoint import DTYPES
+from weights.known import EMA, OLD_TEXT, TEXT, UNET
 
 BUFFERS = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -44,12 +45,6 @@ class Lazy(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
-
-    def half(self) -> "Lazy":
-        """In float16 if it is of floating point."""
-        if not self.dtype.is_floating_point:
-            return self
-        return Lazy(self.shape, torch.float16, lambda: self.make().half())
 
 
 def weight(name: str, shape: tuple[int, ...], seed: int = 0) -> Lazy:
@@ -77,19 +72,23 @@ def original(config: Config, weights: dict[str, Tensor] | None = None) -> dict[s
     with torch.device("meta"):
         sd = StableDiffusion(config)
     entries = {name: given(torch.zeros(config.schedule.num_timesteps)) for name in BUFFERS}
-    for prefix, module in ((UNET, sd.unet), (VAE, sd.vae), (TEXT, sd.text.transformer)):
-        for k, v in module.state_dict().items():
-            if k == "embeddings.token_embedding.weight":
-                entries[TEXT + "embeddings.position_ids"] = given(torch.arange(config.text.max_length)[None])
-            name = prefix + k
-            entries[name] = given(weights[name]) if weights else weight(name, tuple(v.shape))
+    for prefix, module in sd.parts().items():
+        if prefix == TEXT:
+            entries[TEXT + "embeddings.position_ids"] = given(torch.arange(config.text.max_length)[None])
+        for name, value in module.state_dict(prefix=prefix).items():
+            entries[name] = given(weights[name]) if weights else weight(name, tuple(value.shape))
     entries["model_ema.decay"] = given(torch.tensor(0.9999))
     entries["model_ema.num_updates"] = given(torch.tensor(470000, dtype=torch.int32))
     return entries
 
 
 def half(entries: dict[str, Lazy]) -> dict[str, Lazy]:
-    return {name: lazy.half() for name, lazy in entries.items()}
+    """In float16, what is of floating point."""
+
+    def halved(lazy: Lazy) -> Lazy:
+        return Lazy(lazy.shape, torch.float16, lambda: lazy.make().half())
+
+    return {name: halved(lazy) if lazy.dtype.is_floating_point else lazy for name, lazy in entries.items()}
 
 
 def full_ema(entries: dict[str, Lazy]) -> dict[str, Lazy]:
@@ -126,13 +125,12 @@ def write_safetensors(path: Path, entries: dict[str, Lazy], metadata: dict[str, 
 
 def write_ckpt(path: Path, entries: dict[str, Lazy], lightning: bool = True) -> None:
     """A zip as torch.save writes it; with what Lightning 1.4 puts around the state_dict, or bare."""
-    state = OrderedDict(entries)
-    content = state
+    content = OrderedDict(entries)
     if lightning:
-        score = np.float64(0.25)
+        best = {"best_model_score": np.float64(0.25), "best_model_path": "last.ckpt"}
         content = {
-            "epoch": 11, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "state_dict": state,
-            "callbacks": {_model_checkpoint(): {"best_model_score": score, "best_model_path": "last.ckpt"}},
+            "epoch": 11, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "state_dict": content,
+            "callbacks": {ModelCheckpoint: best},
             "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": given(torch.zeros(4))}}, "param_groups": []}],
             "lr_schedulers": [{"last_epoch": 470000, "_last_lr": [1e-4]}],
         }  # fmt: skip
@@ -157,9 +155,8 @@ def _put(archive: zipfile.ZipFile, name: str, data) -> None:
     archive.writestr(info, data)
 
 
-def _model_checkpoint() -> type:
-    """The class that old Lightning files use as a dictionary key."""
-    return type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+class ModelCheckpoint:
+    """Stands for Lightning's class of this name, which old files use as a dictionary key."""
 
 
 class _Storage(NamedTuple):
@@ -190,20 +187,17 @@ class _Pickler(pickle.Pickler):
 
 
 def _pickle(content, stored: list[Lazy]) -> bytes:
-    import io
+    buffer = io.BytesIO()
+    _Pickler(buffer, stored).dump(content)
+    program = buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")  # as of numpy < 2
+    ours = f"c{ModelCheckpoint.__module__}\nModelCheckpoint\n".encode()
+    return program.replace(ours, b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n")
 
-    buffer, name = io.BytesIO(), "pytorch_lightning.callbacks.model_checkpoint"
-    module = types.ModuleType(name)
-    for cls in content.get("callbacks", ()):
-        module.ModelCheckpoint = cls
-    known = {part: types.ModuleType(part) for part in ("pytorch_lightning", "pytorch_lightning.callbacks")}
-    sys.modules.update(known | {name: module})  # pickle wants to find the class where it says it is
-    try:
-        _Pickler(buffer, stored).dump(content)
-    finally:
-        for added in (*known, name):
-            del sys.modules[added]
-    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")  # numpy < 2
+
+def resident(peak: bool = False) -> int:
+    """Bytes of resident memory of this process, now or at most, from Linux's /proc."""
+    field = "VmHWM" if peak else "VmRSS"
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def main() -> None:

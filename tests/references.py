@@ -3,7 +3,6 @@
 They share memory with ours, so that both fit at full size.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dag import ddim
 from dag.config import Config
-from dag.model import TEXT, UNET, VAE, StableDiffusion
+from dag.model import StableDiffusion
 from dag.text import Text
-from tests.files import Lazy, original
+from tests.files import original
+from weights.known import UNET, VAE
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import diffusers  # noqa: E402
@@ -24,75 +23,62 @@ from diffusers.loaders import single_file_utils as convert  # noqa: E402
 
 def random_model(config: Config) -> StableDiffusion:
     """A model of a config with the random weights of tests/files.py, made without a file."""
-    with torch.device("meta"):
-        sd = StableDiffusion(config)
     entries = original(config)
-    for prefix, module in ((UNET, sd.unet), (VAE, sd.vae), (TEXT, sd.text.transformer)):
-        made: dict[str, Lazy] = {k: entries[prefix + k] for k in module.state_dict()}
-        module.load_state_dict({k: lazy.make() for k, lazy in made.items()}, assign=True)
-    sd.text.transformer.embeddings.position_ids = torch.arange(config.text.max_length)[None]
-    sd.alphas_cumprod = ddim.alphas_cumprod(config.schedule)
-    return sd.eval().requires_grad_(False)
+    return StableDiffusion.from_tensors(config, lambda name: entries[name].make())
 
 
 def unet_config(cfg: Config) -> dict:
     return dict(
-        sample_size=cfg.size // cfg.vae.factor,
         block_out_channels=tuple(cfg.unet.model_channels * m for m in cfg.unet.channel_mult),
-        layers_per_block=cfg.unet.num_res_blocks,
-        attention_head_dim=cfg.unet.num_heads,
-        cross_attention_dim=cfg.unet.context_dim,
-        norm_num_groups=cfg.unet.num_groups,
-    )
+        layers_per_block=cfg.unet.num_res_blocks, attention_head_dim=cfg.unet.num_heads,
+        cross_attention_dim=cfg.unet.context_dim, norm_num_groups=cfg.unet.num_groups,
+        sample_size=cfg.size // cfg.vae.factor,
+    )  # fmt: skip
 
 
 def vae_config(cfg: Config) -> dict:
     n = len(cfg.vae.ch_mult)
     return dict(
-        block_out_channels=tuple(cfg.vae.ch * m for m in cfg.vae.ch_mult),
-        layers_per_block=cfg.vae.num_res_blocks,
-        latent_channels=cfg.vae.z_channels,
-        norm_num_groups=cfg.vae.num_groups,
-        sample_size=cfg.size,
-        down_block_types=("DownEncoderBlock2D",) * n,
-        up_block_types=("UpDecoderBlock2D",) * n,
-    )
+        block_out_channels=tuple(cfg.vae.ch * m for m in cfg.vae.ch_mult), layers_per_block=cfg.vae.num_res_blocks,
+        latent_channels=cfg.vae.z_channels, norm_num_groups=cfg.vae.num_groups, sample_size=cfg.size,
+        down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
+    )  # fmt: skip
 
 
-def _filled(make: Callable[[], nn.Module], state: Callable[[dict], dict]) -> nn.Module:
+def _filled(kind: type, config: dict, to_theirs: Callable[[dict, dict], dict], state: dict) -> nn.Module:
     with torch.device("meta"):
-        model = make()
-    model.load_state_dict(state(dict(model.config)), strict=True, assign=True)
+        model = kind(**config)
+    model.load_state_dict(to_theirs(state, dict(model.config)), strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
 def diffusers_unet(sd: StableDiffusion) -> nn.Module:
-    ours = {UNET + k: v for k, v in sd.unet.state_dict().items()}
-    return _filled(
-        lambda: diffusers.UNet2DConditionModel(**unet_config(sd.config)),
-        lambda config: convert.convert_ldm_unet_checkpoint(ours, config),
-    )
+    config, state = unet_config(sd.config), sd.unet.state_dict(prefix=UNET)
+    return _filled(diffusers.UNet2DConditionModel, config, convert.convert_ldm_unet_checkpoint, state)
 
 
 def diffusers_vae(sd: StableDiffusion) -> nn.Module:
-    ours = {VAE + k: v for k, v in sd.vae.state_dict().items()}
-    return _filled(
-        lambda: diffusers.AutoencoderKL(**vae_config(sd.config)),
-        lambda config: convert.convert_ldm_vae_checkpoint(ours, config),
-    )
+    config, state = vae_config(sd.config), sd.vae.state_dict(prefix=VAE)
+    return _filled(diffusers.AutoencoderKL, config, convert.convert_ldm_vae_checkpoint, state)
 
 
 def scheduler(cfg: Config, steps: int) -> "diffusers.DDIMScheduler":
     made = diffusers.DDIMScheduler(
-        beta_start=cfg.schedule.beta_start,
-        beta_end=cfg.schedule.beta_end,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=cfg.schedule.offset,
-    )
+        beta_start=cfg.schedule.beta_start, beta_end=cfg.schedule.beta_end, beta_schedule="scaled_linear",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=cfg.schedule.offset,
+    )  # fmt: skip
     made.set_timesteps(steps)
     return made
+
+
+def pipeline(kind: type, text: Text, unet: nn.Module, vae: nn.Module, steps: int, cfg: Config):
+    """One of diffusers' pipelines, made of these parts and without a safety checker."""
+    pipe = kind(
+        vae=vae, text_encoder=text.transformer, tokenizer=text.tokenizer, unet=unet, scheduler=scheduler(cfg, steps),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def config_folder(cfg: Config, folder: Path) -> None:
@@ -100,23 +86,12 @@ def config_folder(cfg: Config, folder: Path) -> None:
     with torch.device("meta"):
         unet, vae = diffusers.UNet2DConditionModel(**unet_config(cfg)), diffusers.AutoencoderKL(**vae_config(cfg))
         text = Text(cfg.text)
-    unet.save_config(folder / "unet")
-    vae.save_config(folder / "vae")
-    scheduler(cfg, 1).save_config(folder / "scheduler")
+    pipe = pipeline(diffusers.StableDiffusionPipeline, text, unet, vae, 1, cfg)
+    pipe.save_config(folder)
+    for name in ("unet", "vae", "scheduler"):
+        getattr(pipe, name).save_config(folder / name)
     text.transformer.config.save_pretrained(folder / "text_encoder")
     text.tokenizer.save_pretrained(folder / "tokenizer")
-    parts = {
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None],
-        "feature_extractor": [None, None], "image_encoder": [None, None],
-    }  # fmt: skip
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__} | parts
-    (folder / "model_index.json").write_text(json.dumps(index | {"requires_safety_checker": False}))
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
 
 
 def torch_text(sd: StableDiffusion) -> Callable[[Tensor], Tensor]:
@@ -125,8 +100,9 @@ def torch_text(sd: StableDiffusion) -> Callable[[Tensor], Tensor]:
     layers = []
     for i in range(cfg.num_layers):
         layer = nn.TransformerEncoderLayer(
-            cfg.hidden_size, cfg.num_heads, 4 * cfg.hidden_size, 0.0, quick_gelu, cfg.eps, True, norm_first=True
-        )
+            cfg.hidden_size, cfg.num_heads, 4 * cfg.hidden_size, dropout=0.0, layer_norm_eps=cfg.eps, batch_first=True,
+            activation=lambda x: x * torch.sigmoid(1.702 * x), norm_first=True,
+        )  # fmt: skip
         names = _block(state, i)
         renamed = {
             "self_attn.in_proj_weight": "attn.in_proj_weight", "self_attn.in_proj_bias": "attn.in_proj_bias",

@@ -4,21 +4,24 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 pytest.importorskip("triton")
 
 import sample
-from dag.attention import cross_attention_with_maps, implementation
+from dag.cam import attention_with_maps
+from dag.tokens import Reading
 from kernels import cross_attention as kernel
 from kernels.bench import errors, inputs
-from tests import kernel_interpreted
+from kernels.choice import for_run
 from tests.conftest import ROOT
+from tests.measure import kernel_interpreted
 
 GRIDS = ["short", pytest.param("full", marks=pytest.mark.full)]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def run(tmp_path, *command: str) -> list[str]:
@@ -35,7 +38,7 @@ def run(tmp_path, *command: str) -> list[str]:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_interpreted(tmp_path, grid):
     """Numbers against float64, exact memory traffic, refusals, and the whole loop on the miniature."""
-    lines = run(tmp_path, "-m", "tests.kernel_interpreted", grid)
+    lines = run(tmp_path, "-m", "tests.measure.kernel_interpreted", grid)
     cases = list(kernel_interpreted.full() if grid == "full" else kernel_interpreted.short())
     kinds = [line.split()[1] for line in lines]
     assert kinds.count("numbers") == len(cases)
@@ -45,7 +48,7 @@ def test_interpreted(tmp_path, grid):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_compiled(tmp_path, grid):
     """Tensor-core work, loads, spills, registers, shared memory, instructions; and that regressions are noticed."""
-    kinds = [line.split()[1] for line in run(tmp_path, "-m", "tests.kernel_compiled", grid)]
+    kinds = [line.split()[1] for line in run(tmp_path, "-m", "tests.measure.kernel_compiled", grid)]
     assert kinds.count("compiled") == (6 * 3 * 2 * 3 if grid == "full" else 2 * 3)
     assert kinds.count("regression") == (10 if grid == "full" else 5)
 
@@ -59,53 +62,52 @@ def test_bench_without_a_gpu_times_nothing(tmp_path):
 
 def test_operator():
     """Schema, fake tensors and strides agree with what it returns, and torch.compile sees it as one node."""
-    q, k, v, dk = inputs(3, 2, 20, 24, 8, 3)
-    torch.library.opcheck(kernel.operator, (q, k, v, dk, [2, 0]))
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(kernel.cross_attention_with_maps, backend=backend, fullgraph=True)
-    out, maps = compiled(q, k, v, dk, slice(1, 3))
-    (graph,) = graphs
+    call = (*inputs(3, 2, 20, 24, 8, 3), [2, 0])
+    torch.library.opcheck(kernel.cross_attention_with_maps, call)
+    backend = EagerAndRecordGraphs()
+    found = torch.compile(lambda: kernel.cross_attention_with_maps(*call), backend=backend, fullgraph=True)()
+    (graph,) = backend.graphs
     operators = [str(node.target) for node in graph.graph.nodes if "dag." in str(node.target)]
     assert operators == ["dag.cross_attention_with_maps.default"]
-    plain_out, plain_maps = cross_attention_with_maps(q, k, v, dk, slice(1, 3))
-    assert torch.equal(out, plain_out) and torch.equal(maps, plain_maps)  # on the CPU it is the plain one
+    assert all(map(torch.equal, found, attention_with_maps(*call)))  # on the CPU it is the plain one
 
 
-def test_rule(monkeypatch):
-    half = torch.float16
-    for choice in ("auto", "plain"):  # auto is plain until the compiled kernel has run once
-        for device in (CPU, CUDA):
-            assert implementation(choice, device, half) is cross_attention_with_maps
+def test_choice(monkeypatch):
+    """`for_run` looks at the device, dtype and head width of the model and at the tokens that a run reads."""
+
+    def choose(choice, device="cuda", dtype=torch.float16, concepts=(1,), d=40, heads="mean"):
+        layer = SimpleNamespace(factor=2, name="", num_heads=8, to_v=torch.nn.Linear(1, 8 * d))
+        unet = SimpleNamespace(cross_attention=lambda: [layer])
+        tokens = [SimpleNamespace(embedding=torch.zeros(1 + K, 1), reading=Reading((2,), heads)) for K in concepts]
+        return for_run(choice, SimpleNamespace(device=torch.device(device), dtype=dtype, unet=unet), tokens)
+
+    # "auto" is plain until the compiled kernel has run once
+    assert all(choose(choice, device) is None for choice in ("auto", "plain") for device in ("cpu", "cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert implementation("fused", CUDA, half, K=16, d=160) is kernel.cross_attention_with_maps
+    for concepts in ((16,), (7, 9)):
+        assert choose("fused", concepts=concepts, d=160) is kernel.cross_attention_with_maps
     refused = {
-        (torch.float32, 1, 40): "the queries are float32",
-        (half, 17, 40): "17 concept",
-        (half, 1, 161): "of 161",
+        "the queries are float32": {"dtype": torch.float32},
+        "17 concept": {"concepts": (8, 9)},
+        "of 161": {"d": 161},
+        "it takes the mean over heads, these tokens their max": {"heads": "max"},
     }
-    for (dtype, K, d), words in refused.items():
+    for words, changes in refused.items():
         with pytest.raises(ValueError, match=words):
-            implementation("fused", CUDA, dtype, K, d)
+            choose("fused", **changes)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ValueError, match="a card is no NVIDIA GPU of compute capability 8.0"):
-        implementation("fused", CUDA, half)
+        choose("fused")
     with pytest.raises(ValueError, match="attention is 'flash', expected auto, plain, fused"):
-        implementation("flash", CPU, half)
+        choose("flash", "cpu")
 
 
 def test_fused_on_the_cpu_is_one_line(tmp_path, capsys):
     assert sample.main(["--attention", "fused", "--device", "cpu", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == (
-        "sample.py: --attention fused: the fused kernel cannot run: the queries are on cpu, expected cuda; "
-        "use auto or plain"
-    )
+    reason = "the queries are on cpu, expected cuda; use auto or plain"
+    assert line == f"sample.py: --attention fused: the fused kernel cannot run: {reason}"
 
 
 def test_fused_without_triton_is_one_line(tmp_path):
@@ -122,6 +124,6 @@ def test_on_a_gpu(grid):
     """The interpreter's cases by the compiled kernel, in half precision."""
     for case in kernel_interpreted.full() if grid == "full" else kernel_interpreted.short():
         case = replace(case, dtype=torch.float16) if case.dtype == torch.float32 else case
-        tensors = case.tensors("cuda")
-        measured = errors(kernel.cross_attention_with_maps(*tensors, case.rows), *tensors, list(case.rows))
-        assert all(error <= limit for error, limit in measured), f"{case}: {measured}"
+        tensors, rows = case.tensors("cuda"), list(case.rows)
+        right, said = errors(kernel.cross_attention_with_maps(*tensors, rows), *tensors, rows)
+        assert right, f"{case}: {said}"

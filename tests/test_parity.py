@@ -1,6 +1,6 @@
 """Parity with diffusers, open_clip and torch on random small weights. Needs the `parity` extra; skipped without it.
 
-The rows are those of `python -m tests.parity`.
+The rows are those of `python -m tests.measure.parity`.
 """
 
 import math
@@ -10,11 +10,12 @@ import torch
 
 from dag import ddim
 from dag.config import SD14, SHAPES
-from dag.model import TEXT, UNET, VAE
+from weights.known import TEXT, UNET, VAE
 
-diffusers = pytest.importorskip("diffusers")
-from tests import bench, parity, references  # noqa: E402
+pytest.importorskip("diffusers")
+from tests import references  # noqa: E402
 from tests.files import original, write_ckpt  # noqa: E402
+from tests.measure import bench, parity  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,8 @@ def test_bench_measures(tmp_path, capsys):
     path = tmp_path / "random.ckpt"
     write_ckpt(path, original(SHAPES), lightning=False)
     references.config_folder(SHAPES, tmp_path / "configs")
+    sizes = {name: math.prod(e.shape) for name, e in original(SHAPES).items() if name.startswith((UNET, VAE, TEXT))}
+    parameters = sum(sizes.values()) - sizes[TEXT + "embeddings.position_ids"]
     for whose in ("ours", "theirs"):
         found = bench.alone(whose, str(path), "float32", draw=True)
-        assert found["weights"] == 4 * parameters(SHAPES) and found["peak"] > 0 and found["draw s"] > 0
-
-
-def parameters(config) -> int:
-    return sum(math.prod(e.shape) for name, e in original(config).items() if name.startswith((UNET, VAE, TEXT))) - (
-        config.text.max_length  # position ids
-    )
+        assert found["weights"] == 4 * parameters and found["peak"] > 0 and found["draw s"] > 0

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import sample as program
-from dag import CFG, sample
+from dag import Guidance, sample
 from dag.model import NumericsError
 
 PROMPTS, SEEDS = ["a red circle on grey", "a blue star"], [1, 2]
@@ -16,14 +16,14 @@ PROMPTS, SEEDS = ["a red circle on grey", "a blue star"], [1, 2]
 
 @pytest.fixture(scope="module")
 def exact(shapes):
-    return [step.x for step in sample(shapes, PROMPTS, CFG(), steps=4, seeds=SEEDS)]
+    return [step.x for step in sample(shapes, PROMPTS, Guidance(), steps=4, seeds=SEEDS)]
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
 def test_half_precision(shapes, exact, dtype, limit):
     """The networks run in it; latents stay float32 and near those of float32, from the very same noise."""
     half = copy.deepcopy(shapes).to(dtype)
-    steps = list(sample(half, PROMPTS, CFG(), steps=4, seeds=SEEDS))
+    steps = list(sample(half, PROMPTS, Guidance(), steps=4, seeds=SEEDS))
     for ours, reference in zip(steps, exact, strict=True):
         assert ours.x.dtype == torch.float32
         assert 0 < (ours.x - reference).abs().max() <= limit * reference.abs().max()
@@ -56,7 +56,7 @@ def test_not_finite(shapes, value):
     broken = copy.deepcopy(shapes)
     broken.unet.out[2].bias[0] = value
     with pytest.raises(NumericsError, match=r"not finite after step 1 of 3 \(t = 667\); try --dtype float32"):
-        list(sample(broken, PROMPTS, CFG(), steps=3))
+        list(sample(broken, PROMPTS, Guidance(), steps=3))
     broken = copy.deepcopy(shapes)
     broken.vae.decoder.conv_out.bias[0] = value
     with pytest.raises(NumericsError, match="the decoded picture is not finite in torch.float32"):

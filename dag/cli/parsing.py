@@ -23,19 +23,16 @@ class Parser(argparse.ArgumentParser):
 
     def add_model(self) -> None:
         """The options that say which model runs where."""
-        self.add_argument(
+        add, dtypes = self.add_argument, ("float32", "float16", "bfloat16")
+        add(
             "--ckpt",
             type=Path,
             metavar="FILE",
             help="SD 1.x checkpoint, .ckpt or .safetensors (default: the miniature)",
         )
-        self.add_argument("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
-        self.add_argument(
-            "--dtype",
-            choices=("float32", "float16", "bfloat16"),
-            help="of the networks (default: float16 on cuda, else float32)",
-        )
-        self.add_argument("--debug", action="store_true", help="show tracebacks and what was ignored in the checkpoint")
+        add("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
+        add("--dtype", choices=dtypes, help="of the networks (default: float16 on cuda, else float32)")
+        add("--debug", action="store_true", help="show tracebacks and what was ignored in the checkpoint")
 
 
 def number(kind: type, low: float, high: float):

@@ -1,17 +1,16 @@
 """Speed and memory beside diffusers' on this machine's CPU, as a table.
 
-  python -m tests.bench --folder DIR     SD 1.4's size: writes two files of 4.3 GB into DIR, needs 10 GB of memory
-  python -m tests.bench --tiny           the miniature's widths, to see that it runs; the figures mean nothing
+  python -m tests.measure.bench --folder DIR   SD 1.4's size: writes two files of 4.3 GB into DIR, needs 10 GB of memory
+  python -m tests.measure.bench --tiny         the miniature's widths, to see that it runs; the figures mean nothing
 
 Networks are timed alternately in one process, on shared weights, with a warm-up; the ratio is that of the medians.
 Loading and whole runs happen in a fresh process each, on the same file, which has been read before. Loading ends when
-every weight has been touched; "grown" is resident memory after it, "peak" the highest of the process.
+every weight has been touched; "grown" is how much resident memory grew by then, "peak" the highest of the process.
 The .ckpt has no Lightning entries, because diffusers refuses those.
 """
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,18 +21,15 @@ from statistics import median
 
 import torch
 
-from dag import DAG, GuidelineTokens
-from dag.attention import cross_attention, guideline_maps
+import dag
+from dag.attention import NO_ROWS, Call
+from dag.cam import Probe
 from dag.config import SD14, SHAPES, Config
-from tests import parity, references
-from tests.files import original, write_ckpt, write_safetensors
+from tests import references
+from tests.files import original, resident, write_ckpt, write_safetensors
+from tests.measure import parity
 
 PROMPT, STEPS, SCALE = "a photograph of an astronaut riding a horse", 4, 7.5
-
-
-def status(field: str) -> int:
-    """Bytes of resident memory now (VmRSS) or at most (VmHWM), from Linux's /proc."""
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def touched(*modules: torch.nn.Module) -> int:
@@ -43,13 +39,13 @@ def touched(*modules: torch.nn.Module) -> int:
     return sum(p.nbytes for p in parameters)
 
 
+def seconds(run: Callable[..., object], *args) -> float:
+    start = time.perf_counter()
+    run(*args)
+    return time.perf_counter() - start
+
+
 # --- in a process of its own
-
-
-def load_ours(path: str, dtype: torch.dtype):
-    import dag
-
-    return dag.load(path, dtype=dtype)
 
 
 def load_theirs(path: str, dtype: torch.dtype):
@@ -60,38 +56,35 @@ def load_theirs(path: str, dtype: torch.dtype):
     )
 
 
+@torch.no_grad()
+def draw_ours(sd) -> None:
+    *_, last = dag.sample(sd, [PROMPT], dag.Guidance(), steps=STEPS, scale=SCALE, seeds=[0])
+    sd.decode(last.x)
+
+
+def draw_theirs(pipeline) -> None:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    pipeline(PROMPT, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generator, output_type="pt")
+
+
 def alone(whose: str, path: str, dtype: str, draw: bool) -> dict[str, float]:
     """Load, and draw if asked for; seconds and bytes of each."""
-    load = load_ours if whose == "ours" else load_theirs
+    ours = whose == "ours"
     references.diffusers.StableDiffusionPipeline, references.convert  # imported before the clock starts  # noqa: B018
-    start, before = time.perf_counter(), status("VmRSS")
-    model = load(path, getattr(torch, dtype))
-    names = ("unet", "vae", "text") if whose == "ours" else ("unet", "vae", "text_encoder")
-    weights = touched(*(getattr(model, name) for name in names))
-    found = {"load s": time.perf_counter() - start, "grown": status("VmRSS") - before, "weights": weights}
+    start, before = time.perf_counter(), resident()
+    model = (dag.load if ours else load_theirs)(path, dtype=getattr(torch, dtype))
+    weights = touched(model.unet, model.vae, model.text if ours else model.text_encoder)
+    found = {"load s": time.perf_counter() - start, "grown": resident() - before, "weights": weights}
     if draw:
-        start = time.perf_counter()
-        picture_of_ours(model) if whose == "ours" else picture_of_theirs(model)
-        found |= {"draw s": time.perf_counter() - start, "peak": status("VmHWM")}
+        found |= {"draw s": seconds(draw_ours if ours else draw_theirs, model), "peak": resident(peak=True)}
     return found
 
 
-@torch.no_grad()
-def picture_of_ours(sd) -> torch.Tensor:
-    from dag import CFG, sample
-
-    *_, last = sample(sd, [PROMPT], CFG(), steps=STEPS, scale=SCALE, seeds=[0])
-    return sd.decode(last.x)
-
-
-def picture_of_theirs(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipeline(PROMPT, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generator, output_type="pt")
-
-
 def child(*argv: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-m", "tests.bench", "--alone", *argv], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.measure.bench", "--alone", *argv], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{argv}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -104,12 +97,9 @@ def alternately(rounds: int, ours: Callable[[], object], theirs: Callable[[], ob
     """Median seconds of each, after one warm-up."""
     times: tuple[list[float], list[float]] = ([], [])
     for k in range(rounds + 1):
-        for run, kept in zip((ours, theirs) if k % 2 else (theirs, ours), times if k % 2 else times[::-1], strict=True):
-            start = time.perf_counter()
-            run()
-            if k:
-                kept.append(time.perf_counter() - start)
-    return median(times[0]), median(times[1])
+        for which in (0, 1) if k % 2 else (1, 0):
+            times[which].append(seconds((ours, theirs)[which]))
+    return median(times[0][1:]), median(times[1][1:])
 
 
 def row(what: str, ours: float, theirs: float, unit: str, limit: float | None) -> None:
@@ -117,30 +107,28 @@ def row(what: str, ours: float, theirs: float, unit: str, limit: float | None) -
     print(f"| {what} | {ours:.3f} {unit} | {theirs:.3f} {unit} | {ours / theirs:.3f} | {goal} |", flush=True)
 
 
+class TimedProbe(Probe):
+    """Adds up the seconds that its maps take."""
+
+    spent = 0.0
+
+    def attention(self, *args) -> None:
+        self.spent += seconds(super().attention, *args)
+
+    def read(self, *args) -> None:
+        self.spent += seconds(super().read, *args)
+
+
 def maps_share(case: parity.Case, rounds: int) -> tuple[float, float]:
-    """Seconds that a step of two rows spends on guideline maps of one concept, and seconds of the step."""
-    sd = case.sd
-    tokens = GuidelineTokens.from_text(sd, "red circle", "circle")
-    probe, spent = DAG(tokens).start(sd, slice(1, 2)), []
-
-    def timed(q, k, v, dk, rows):
-        out = cross_attention(q, k, v)
-        start = time.perf_counter()
-        maps = guideline_maps(q[rows], dk)
-        spent[-1] += time.perf_counter() - start
-        return out, maps
-
-    probe.attention = timed
+    """Median seconds that a step of two rows spends on guideline maps of one concept, and of the step; one warm-up."""
+    sd, steps, spent = case.sd, [], []
     x, t, context = parity.inputs(case, 2, *case.sizes[0][1:])
-    steps = []
     for _ in range(rounds + 1):
-        spent.append(0.0)
-        start = time.perf_counter()
-        sd.unet(x, t, context, probe)
-        steps.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        probe.maps(*x.shape[2:])
-        spent[-1] += time.perf_counter() - start
+        probe = TimedProbe(sd.unet, [dag.GuidelineTokens.from_text(sd, "red circle", "circle")])
+        probe.call = Call(0, 981, slice(0, 1), slice(1, 2), NO_ROWS)
+        steps.append(seconds(sd.unet, x, t, context, [probe]))
+        probe.read(981, *x.shape[2:])
+        spent.append(probe.spent)
     return median(spent[1:]), median(steps[1:])
 
 
@@ -148,14 +136,11 @@ def maps_share(case: parity.Case, rounds: int) -> tuple[float, float]:
 def networks(case: parity.Case, rounds: int) -> None:
     _, H, W = case.sizes[0]
     x, t, context = parity.inputs(case, 2, H, W)
-    ours, theirs = alternately(
-        rounds, lambda: case.sd.unet(x, t, context), lambda: case.unet(x, t, encoder_hidden_states=context)
-    )
-    row("UNet step, 2 rows", ours, theirs, "s", 0.90)
-    ours, theirs = alternately(rounds, lambda: case.sd.vae.decode(x[:1]), lambda: case.vae.decode(x[:1]))
-    row("VAE decode, 1 picture", ours, theirs, "s", 0.95)
-    spent, step = maps_share(case, rounds)
-    row("maps of one concept, and the step they are part of", spent, step, "s", 0.01)
+    unets = alternately(rounds, lambda: case.sd.unet(x, t, context), lambda: case.unet(x, t, context))
+    row("UNet step, 2 rows", *unets, "s", 0.90)
+    vaes = alternately(rounds, lambda: case.sd.vae.decode(x[:1]), lambda: case.vae.decode(x[:1]))
+    row("VAE decode, 1 picture", *vaes, "s", 0.95)
+    row("maps of one concept, and the step they are part of", *maps_share(case, rounds), "s", 0.01)
 
 
 def files(folder: Path, config: Config, rounds: int) -> None:

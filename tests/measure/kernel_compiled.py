@@ -1,11 +1,12 @@
 """The kernel compiled for GPUs that need not be there, and its machine code held against what it should be.
 
-  python -m tests.kernel_compiled           one GPU of each kind of tensor core
-  python -m tests.kernel_compiled full      every supported one, both dtypes, few and many concept rows
+  python -m tests.measure.kernel_compiled           one GPU of each kind of tensor core
+  python -m tests.measure.kernel_compiled full      every supported one, both dtypes, few and many concept rows
 
-A line a kernel, `ok` or `FAILED`. Run by test_kernel.py in a process of its own, see kernel_interpreted.py.
+It prints as kernel_interpreted.py does, a line for every kernel, and needs a process of its own like it.
 """
 
+import itertools
 import re
 import sys
 from collections import Counter
@@ -16,15 +17,15 @@ import torch.nn.functional as F
 
 from kernels.bench import CONCEPTS, HEADS, TOKENS, WITHOUT_MAPS, compiled, edited, inputs, machine_code
 from kernels.cross_attention import BLOCK_N, OPTIONS, chunks
-from tests.kernel_report import report
+from tests.measure.kernel_interpreted import report
 
-MOST = {  # registers by capability and d: what they are, and a tenth to a fifth; and bytes of shared memory by d
+MOST = {  # registers by capability and d: as many as there are, and a tenth to a fifth more
     80: {40: 144, 80: 168, 160: 216},
     90: {40: 112, 80: 128, 160: 160},
     100: {40: 96, 80: 96, 160: 128},
 }
 MOST[86] = MOST[89] = MOST[120] = MOST[80]
-SHARED = {40: 16 << 10, 80: 32 << 10, 160: 64 << 10}
+SHARED = {40: 16 << 10, 80: 32 << 10, 160: 64 << 10}  # bytes by d
 
 
 def products(ops: Counter) -> dict[str, int]:
@@ -40,8 +41,8 @@ def products(ops: Counter) -> dict[str, int]:
     return dict(work)
 
 
-def faults(capability: int, d: int, K: int, code: dict, ops: Counter, plain: int) -> tuple[list[str], str]:
-    """What is wrong with a kernel's machine code, which is `plain` instructions without maps; and what it needs."""
+def faults(capability: int, d: int, K: int, code: dict, ops: Counter, bare: int) -> tuple[list[str], str]:
+    """What is wrong with a kernel's machine code, which is `bare` instructions without maps; and what it needs."""
     (d0, d1), K_pad = chunks(d), 8 if K <= 8 else 16
     rows, keys, dp = BLOCK_N // 16, 80, d0 + d1
     found = []
@@ -57,16 +58,9 @@ def faults(capability: int, d: int, K: int, code: dict, ops: Counter, plain: int
     needed = 2 * dp * (BLOCK_N + 2 * keys + K_pad) + 4 * 128  # bytes: q, k, v, dk, and slot by every thread
     if code["loaded"] > 1.15 * needed:
         found.append(f"{code['loaded']} bytes loaded by a program, expected about {needed}")
-    for what, limit in (
-        ("spills", 0),
-        ("stack", 0),
-        ("atomics", 0),
-        ("registers", MOST[capability][d]),
-        ("shared", SHARED[d]),
-    ):
-        if code[what] > limit:
-            found.append(f"{code[what]} {what}, expected at most {limit}")
-    ratio = code["total"] / plain
+    most = {"spills": 0, "stack": 0, "atomics": 0, "registers": MOST[capability][d], "shared": SHARED[d]}
+    found += [f"{code[what]} {what}, expected at most {limit}" for what, limit in most.items() if code[what] > limit]
+    ratio = code["total"] / bare
     if ratio > 1.40:
         found.append(f"{ratio:.2f} times the instructions without maps, expected at most 1.40")
     said = f"{code['total']} instructions, x{ratio:.2f}, {code['registers']} registers, {code['shared']} B shared"
@@ -97,19 +91,19 @@ def checks(everything: bool) -> Iterator[tuple[str, bool, str]]:
             tensors = tuple(F.pad(x, (0, 1))[..., :-1] for x in tensors)
         return machine_code(compiled(capability, tensors, **changes))
 
-    for capability in (80, 86, 89, 90, 100, 120) if everything else (80, 90):
-        for d in (40, 80, 160):
-            for dtype in (torch.float16, torch.bfloat16) if everything else (torch.float16,):
-                plain = code(capability, d, dtype=dtype, kernel=without_maps)[0]["total"]
-                for K in (1, CONCEPTS, 16) if everything else (CONCEPTS,):
-                    found, said = faults(capability, d, K, *code(capability, d, K, dtype), plain)
-                    yield f"compiled {capability / 10} d={d} K={K} {dtype}", not found, "; ".join(found) or said
+    capabilities = (80, 86, 89, 90, 100, 120) if everything else (80, 90)
+    dtypes = (torch.float16, torch.bfloat16) if everything else (torch.float16,)
+    for capability, d, dtype in itertools.product(capabilities, (40, 80, 160), dtypes):
+        bare = code(capability, d, dtype=dtype, kernel=without_maps)[0]["total"]
+        for K in (1, CONCEPTS, 16) if everything else (CONCEPTS,):
+            found, said = faults(capability, d, K, *code(capability, d, K, dtype), bare)
+            yield f"compiled {capability / 10} d={d} K={K} {dtype}", not found, "; ".join(found) or said
     for capability in (80, 90) if everything else (80,):
-        plain = code(capability, 80, kernel=without_maps)[0]["total"]
+        bare = code(capability, 80, kernel=without_maps)[0]["total"]
         for what, changes in REGRESSIONS.items():
-            found, said = faults(capability, 80, CONCEPTS, *code(capability, 80, **changes), plain)
+            found, said = faults(capability, 80, CONCEPTS, *code(capability, 80, **changes), bare)
             yield f"regression {capability / 10} {what}", bool(found), "; ".join(found) or f"not noticed: {said}"
 
 
 if __name__ == "__main__":
-    sys.exit(report(checks("full" in sys.argv[1:])))
+    sys.exit(report(checks))

@@ -1,17 +1,17 @@
 """The kernel's source run by Triton's interpreter: numbers, memory traffic, refusals, the whole loop on the miniature.
 
-  python -m tests.kernel_interpreted           one case of every kind
-  python -m tests.kernel_interpreted full      the grid
+  python -m tests.measure.kernel_interpreted           one case of every kind
+  python -m tests.measure.kernel_interpreted full      the grid
 
-A line a check, `ok` or `FAILED`. Run by test_kernel.py in a process of its own: once triton is imported without
-TRITON_INTERPRET=1 it cannot interpret any more, and with it it cannot compile.
+It prints a line for every check, with `ok` or `FAILED` first. tests/test_kernel.py runs it in a process of its own:
+once triton is imported without TRITON_INTERPRET=1 it cannot interpret any more, and with it it cannot compile.
 """
 
 import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -27,16 +27,17 @@ from triton.runtime.interpreter import InterpreterBuilder as Builder
 
 import dag
 from dag.config import DAGConfig, Scaling
+from dag.scalers import scale_map
 from kernels import cross_attention as kernel
 from kernels.bench import LAYERS, edited, errors, inputs
-from tests.kernel_report import report
+from kernels.choice import for_run
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the kernel: letters as everywhere, rows whose maps are wanted, pixels of a program."""
+    """One call of the kernel."""
 
     n: int
     d: int
@@ -45,10 +46,10 @@ class Case:
     h: int = 2
     m: int = 77
     K: int = 4
-    rows: tuple[int, ...] = (1,)
+    rows: tuple[int, ...] = (1,)  # whose maps are wanted
     scale: float = 1.0  # of the queries, and with them of all logits
     layout: str = "unet"
-    block_n: int = 1024  # the interpreter takes as long for a large block as for a small one
+    block_n: int = 1024  # pixels of a program; the interpreter takes as long for many as for few
 
     def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors = inputs(self.b, self.h, self.n, self.m, self.d, self.K, self.dtype, device, self.scale)
@@ -57,17 +58,11 @@ class Case:
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same numbers with other strides; what lies between them is NaN."""
-    if layout == "unet":
-        return x
-    if layout == "contiguous":
-        return x.contiguous()
-    if layout == "one for all":  # the first batch row (head, for dk) for every other, as expand makes it
-        return x[:1].expand(x.shape)
     if layout == "gaps":  # odd strides and start, on every axis but the last
         room = x.new_full([s + 1 for s in x.shape[:-1]] + [x.shape[-1] + 3], torch.nan)
-        view = room[tuple(slice(1, None) for _ in x.shape[:-1]) + (slice(3, None),)]
-        return view.copy_(x)
-    raise ValueError(layout)
+        return room[tuple(slice(1, None) for _ in x.shape[:-1]) + (slice(3, None),)].copy_(x)
+    # "one for all": the first batch row (head, for dk) stands for every other
+    return {"unet": x, "contiguous": x.contiguous(), "one for all": x[:1].expand(x.shape)}[layout]
 
 
 def short() -> Iterator[Case]:
@@ -110,9 +105,8 @@ def full() -> Iterator[Case]:
 
 
 def numbers(case: Case) -> tuple[bool, str]:
-    tensors = case.tensors()
-    measured = errors(kernel.launch(*tensors, case.rows, case.block_n), *tensors, list(case.rows))
-    return all(e <= limit for e, limit in measured), ", ".join(f"{e:.1e} of {limit:.1e}" for e, limit in measured)
+    tensors, rows = case.tensors(), list(case.rows)
+    return errors(kernel.launch(*tensors, rows, case.block_n), *tensors, rows)
 
 
 @contextmanager
@@ -130,27 +124,23 @@ def traffic(function) -> Iterator[dict[tuple[str, str], np.ndarray]]:
                 entries = torch.arange(max(extent, 0)).as_strided(x.shape, x.stride()).unique().numpy()
                 addresses[name] = x.data_ptr() + x.element_size() * entries
 
-    def note(kind: str, pointers, mask) -> None:
-        each, wanted = np.broadcast_arrays(pointers.data, mask.data)
-        accessed = each[wanted].astype(np.int64)
-        owners = [name for name, own in addresses.items() if np.isin(accessed, own).all()]
-        assert owners, f"a {kind} outside of every tensor"
-        if len(accessed):
-            found = np.bincount(np.searchsorted(addresses[owners[0]], accessed), minlength=len(addresses[owners[0]]))
-            counts[kind, owners[0]] = counts.get((kind, owners[0]), 0) + found
+    def noted(kind: str, access, mask: int):  # mask: its place after the pointers
+        def noting(self, pointers, *rest):
+            each, wanted = np.broadcast_arrays(pointers.data, rest[mask].data)
+            accessed = each[wanted].astype(np.int64)
+            owners = [name for name, own in addresses.items() if np.isin(accessed, own).all()]
+            assert owners, f"a {kind} outside of every tensor"
+            if len(accessed):
+                own = addresses[owners[0]]
+                found = np.bincount(np.searchsorted(own, accessed), minlength=len(own))
+                counts[kind, owners[0]] = counts.get((kind, owners[0]), 0) + found
+            return access(self, pointers, *rest)
 
-    load, store = Builder.create_masked_load, Builder.create_masked_store
+        return noting
 
-    def noted_load(self, pointers, mask, *rest):
-        note("read", pointers, mask)
-        return load(self, pointers, mask, *rest)
-
-    def noted_store(self, pointers, value, mask, *rest):
-        note("write", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
-
+    load, store = noted("read", Builder.create_masked_load, 0), noted("write", Builder.create_masked_store, 1)
     with (
-        patch.multiple(Builder, create_masked_load=noted_load, create_masked_store=noted_store),
+        patch.multiple(Builder, create_masked_load=load, create_masked_store=store),
         patch.object(function, "pre_run_hooks", [launched]),
     ):
         yield counts
@@ -195,17 +185,17 @@ def refused(**changes) -> str:
     return "nothing was refused"
 
 
-REFUSALS = {
-    "17 concept rows": lambda: refused(dk=torch.zeros(2, 17, 8)),
-    "heads of 161 channels": lambda: refused(q=torch.zeros(2, 2, 16, 161)),
-    "expected (b, h, n, d)": lambda: refused(k=torch.zeros(2, 2, 81, 8), v=torch.zeros(2, 2, 81, 8)),
-    "(h, K, d)": lambda: refused(dk=torch.zeros(3, 3, 8)),
-    "q, k, v, dk are": lambda: refused(k=torch.zeros(2, 2, 24, 8, dtype=torch.float16)),
-    "expected float16": lambda: refused(q=torch.zeros(2, 2, 16, 8, dtype=torch.float64)),
-    "last axes are [2,": lambda: refused(q=torch.zeros(2, 2, 16, 16)[..., ::2]),
-    "rows are [1, 1]": lambda: refused(rows=[1, 1]),
-    "rows are [2]": lambda: refused(rows=[2]),
-    "train with attention 'plain'": lambda: refused(q=torch.zeros(2, 2, 16, 8, requires_grad=True)),
+REFUSALS = {  # words of the error, and what is wrong about the call
+    "17 concept rows": {"dk": torch.zeros(2, 17, 8)},
+    "heads of 161 channels": {"q": torch.zeros(2, 2, 16, 161)},
+    "expected (b, h, n, d)": {"k": torch.zeros(2, 2, 81, 8), "v": torch.zeros(2, 2, 81, 8)},
+    "(h, K, d)": {"dk": torch.zeros(3, 3, 8)},
+    "q, k, v, dk are": {"k": torch.zeros(2, 2, 24, 8, dtype=torch.float16)},
+    "expected float16": {"q": torch.zeros(2, 2, 16, 8, dtype=torch.float64)},
+    "last axes are [2,": {"q": torch.zeros(2, 2, 16, 16)[..., ::2]},
+    "rows are [1, 1]": {"rows": [1, 1]},
+    "rows are [2]": {"rows": [2]},
+    "train with attention 'plain'": {"q": torch.zeros(2, 2, 16, 8, requires_grad=True)},
 }
 
 
@@ -216,29 +206,30 @@ def loop(steps: int) -> tuple[bool, str]:
     """
     cfg = DAGConfig(warmup=0, scaling=Scaling(unsafe=0.05, full=1.1, s_max=0.5))
 
-    def draw(attention: str, dtype: torch.dtype) -> list[dag.Step]:
+    def scaler(A: Tensor, scalings: list[Scaling]) -> Tensor:
+        return scale_map(A.float(), scalings)  # the arithmetic of guidance is float32, and these maps may be float64
+
+    def draw(choice: str, dtype: torch.dtype) -> list[dag.Step]:
         sd = dag.load(dtype=dtype)
-        tokens = replace(
-            dag.GuidelineTokens.from_text(sd, "a red circle", "a blue star"), levels=(0,), lo=(0.0,), hi=(1.0,)
-        )
-        guidance = dag.DAG(tokens, base="none", cfg=cfg, attention=attention)
+        tokens = dag.GuidelineTokens.from_text(sd, "a red circle", "a blue star")
+        tokens = replace(tokens, levels=(0,), lo=(0.0,), hi=(1.0,))
+        guidance = dag.DAG(tokens, base="none", cfg=cfg, scaler=scaler, fused=for_run(choice, sd, [tokens]))
         return list(dag.sample(sd, ["a red circle"], guidance, steps, seeds=[0]))
 
     fused, plain, exact = draw("fused", torch.float32), draw("plain", torch.float32), draw("plain", torch.float64)
-    worst = {}
+    ok, said = all(step.guided.all() for step in fused), []
     for name in ("x", "A"):
-        truth = torch.stack([getattr(step, name) for step in exact])
-        error, own = (
-            ((torch.stack([getattr(step, name) for step in steps]) - truth).abs().max() / truth.abs().max()).item()
-            for steps in (fused, plain)
-        )
-        worst[name] = (error, max(1e-5, 2 * own))
-    ok = all(error <= limit for error, limit in worst.values()) and all(step.guided.all() for step in fused)
-    return ok, ", ".join(f"{name} {error:.1e} of {limit:.1e}" for name, (error, limit) in worst.items())
+        ours, own, truth = (torch.stack([getattr(step, name) for step in run]) for run in (fused, plain, exact))
+        error, limit = (((x - truth).abs().max() / truth.abs().max()).item() for x in (ours, own))
+        limit = max(1e-5, 2 * limit)
+        ok &= error <= limit
+        said.append(f"{name} {error:.1e} of {limit:.1e}")
+    return ok, ", ".join(said)
 
 
 def checks(everything: bool) -> Iterator[tuple[str, bool, str]]:
     """kind and case, whether it is as it should be, what was found."""
+    torch.manual_seed(0)
     for case in full() if everything else short():
         yield f"numbers {case}", *numbers(case)
     small = [Case(65, 80, block_n=64), Case(65, 40, torch.float16, b=3, rows=(2, 0), layout="gaps", block_n=64)]
@@ -248,18 +239,22 @@ def checks(everything: bool) -> Iterator[tuple[str, bool, str]]:
     for what, changes in REGRESSIONS.items():
         same, said = moved(small[1], edited(*changes))
         yield f"regression {what}", not same, said
-    for words, call in REFUSALS.items():
-        said = call()
+    for words, changes in REFUSALS.items():
+        said = refused(**changes)
         yield f"refusal {words}", words in said and "\n" not in said, said
     steps = 6 if everything else 2
     yield f"loop {steps} steps", *loop(steps)
 
 
-def main() -> int:
-    torch.manual_seed(0)
-    warnings.filterwarnings("ignore", "overflow encountered in exp")  # sigmoid(-100) is 1 / (1 + inf)
-    return report(checks("full" in sys.argv[1:]))
+def report(checks: Callable[[bool], Iterator[tuple[str, bool, str]]]) -> int:
+    """Print each check, of the whole grid if the command line says `full`, as it is made; returns the exit status."""
+    failed = 0
+    for name, ok, said in checks("full" in sys.argv[1:]):
+        print("ok    " if ok else "FAILED", name, "--", said, flush=True)
+        failed += not ok
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    warnings.filterwarnings("ignore", "overflow encountered in exp")  # sigmoid(-100) is 1 / (1 + inf)
+    sys.exit(report(checks))

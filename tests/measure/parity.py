@@ -1,10 +1,10 @@
 """How far we are from other implementations, on the same random weights, as a table.
 
-  python -m tests.parity           the miniature's widths, seconds
-  python -m tests.parity --full    SD 1.4's widths, minutes and 10 GB of memory; open_clip is used if it can be imported
+  python -m tests.measure.parity           the miniature's widths, seconds
+  python -m tests.measure.parity --full    SD 1.4's widths, minutes and 10 GB of memory
 
-An error is the largest difference, relative to the reference's largest value. bfloat16's is our root mean square
-distance from float32 over diffusers'.
+open_clip is used if it can be imported. An error is the largest difference, relative to the reference's largest value.
+bfloat16's is our root mean square distance from float32 over diffusers'.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dag import CFG, ddim, sample
+from dag import Guidance, ddim, sample
 from dag.config import SD14, SHAPES
 from dag.model import StableDiffusion
 from dag.unet import timestep_embedding
@@ -30,7 +30,7 @@ PROMPTS = ("a red circle on grey", "")
 class Row:
     what: str
     error: float
-    limit: float
+    limit: float = 2e-5
 
 
 @dataclass
@@ -58,6 +58,10 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def compared(what: str, ours: Tensor, theirs: Tensor) -> Row:
+    return Row(what, error(ours, theirs))
+
+
 def inputs(case: Case, b: int, H: int, W: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (b, 4, H, W), t (b,), context (b, m, c_text)."""
     cfg = case.sd.config
@@ -78,40 +82,34 @@ def small(*shape: int) -> Tensor:
 def unet(case: Case) -> Iterator[Row]:
     for b, H, W in case.sizes:
         x, t, context = inputs(case, b, H, W)
-        yield Row(f"UNet, {at(b, H, W)}", error(case.sd.unet(x, t, context), case.unet(x, t, context).sample), 2e-5)
+        yield compared(f"UNet, {at(b, H, W)}", case.sd.unet(x, t, context), case.unet(x, t, context).sample)
 
 
 def unet_blocks(case: Case) -> Iterator[Row]:
     """One of each kind, beside the one at the same place in diffusers, on features so small that epsilons show."""
-    ours, theirs, cfg = case.sd.unet, case.unet, case.sd.config.unet
+    ours, theirs, c = case.sd.unet, case.unet, case.sd.config.unet.model_channels
     b, H, W = case.sizes[0]
     _, t, context = inputs(case, b, H, W)
-    c = cfg.model_channels
     emb = theirs.time_embedding(theirs.time_proj(t))
-    yield Row("UNet: time embedding", error(ours.time_embed(timestep_embedding(t, c)), emb), 2e-5)
+    yield compared("UNet: time embedding", ours.time_embed(timestep_embedding(t, c)), emb)
     x, y = small(b, c, H, W), small(b, 2 * c, H // 2, W // 2)  # features of levels 0 and 1
     first, second = ours.input_blocks[1], ours.input_blocks[4]
-    down0, down1 = theirs.down_blocks[:2]
-    yield Row("UNet: ResBlock", error(first[0](x, emb), down0.resnets[0](x, emb)), 2e-5)
+    down0, down1, up0 = *theirs.down_blocks[:2], theirs.up_blocks[0]
+    yield compared("UNet: ResBlock", first[0](x, emb), down0.resnets[0](x, emb))
     z = small(b, c, H // 2, W // 2)
-    yield Row("UNet: ResBlock that widens", error(second[0](z, emb), down1.resnets[0](z, emb)), 2e-5)
-    for name, block, attention, z in (
-        ("level 0", first[1], down0.attentions[0], x), ("level 1", second[1], down1.attentions[0], y)
-    ):  # fmt: skip
-        reference = attention(z, encoder_hidden_states=context).sample
-        yield Row(f"UNet: SpatialTransformer, {name}", error(block(z, context), reference), 2e-5)
+    yield compared("UNet: ResBlock that widens", second[0](z, emb), down1.resnets[0](z, emb))
+    for level, block, attention, z in ((0, first[1], down0.attentions[0], x), (1, second[1], down1.attentions[0], y)):
+        yield compared(f"UNet: SpatialTransformer, level {level}", block(z, context), attention(z, context).sample)
     inner, outer = first[1].transformer_blocks[0], down0.attentions[0].transformer_blocks[0]
     tokens = small(b, H * W, c)
-    yield Row("UNet: self-attention", error(inner.attn1(tokens), outer.attn1(tokens)), 2e-5)
-    reference = outer.attn2(tokens, encoder_hidden_states=context)
-    yield Row("UNet: cross-attention", error(inner.attn2(tokens, context), reference), 2e-5)
-    yield Row("UNet: feed-forward", error(inner.ff(tokens), outer.ff(tokens)), 2e-5)
-    yield Row("UNet: Downsample", error(ours.input_blocks[3][0](x), down0.downsamplers[0](x)), 2e-5)
+    yield compared("UNet: self-attention", inner.attn1(tokens), outer.attn1(tokens))
+    yield compared("UNet: cross-attention", inner.attn2(tokens, context), outer.attn2(tokens, context))
+    yield compared("UNet: feed-forward", inner.ff(tokens), outer.ff(tokens))
+    yield compared("UNet: Downsample", ours.input_blocks[3][0](x), down0.downsamplers[0](x))
     z = small(b, 4 * c, H // 8, W // 8)
-    yield Row("UNet: Upsample", error(ours.output_blocks[2][1](z), theirs.up_blocks[0].upsamplers[0](z)), 2e-5)
-    narrow = small(b, 8 * c, H // 8, W // 8)  # a feature map beside its skip
-    reference = theirs.up_blocks[0].resnets[0](narrow, emb)
-    yield Row("UNet: ResBlock that narrows", error(ours.output_blocks[0][0](narrow, emb), reference), 2e-5)
+    yield compared("UNet: Upsample", ours.output_blocks[2][1](z), up0.upsamplers[0](z))
+    z = small(b, 8 * c, H // 8, W // 8)  # a feature map beside its skip
+    yield compared("UNet: ResBlock that narrows", ours.output_blocks[0][0](z, emb), up0.resnets[0](z, emb))
 
 
 def vae(case: Case) -> Iterator[Row]:
@@ -120,10 +118,10 @@ def vae(case: Case) -> Iterator[Row]:
         image = torch.rand(b, 3, 8 * H, 8 * W, generator=generator) * 2 - 1
         mean, logvar = case.sd.vae.encode(image)
         posterior = case.vae.encode(image).latent_dist
-        yield Row(f"VAE encode, mean, {at(b, H, W)}", error(mean, posterior.mean), 2e-5)
-        yield Row(f"VAE encode, log variance, {at(b, H, W)}", error(logvar, posterior.logvar), 2e-5)
+        yield compared(f"VAE encode, mean, {at(b, H, W)}", mean, posterior.mean)
+        yield compared(f"VAE encode, log variance, {at(b, H, W)}", logvar, posterior.logvar)
         z = torch.randn(b, 4, H, W, generator=generator)
-        yield Row(f"VAE decode, {at(b, H, W)}", error(case.sd.vae.decode(z), case.vae.decode(z).sample), 2e-5)
+        yield compared(f"VAE decode, {at(b, H, W)}", case.sd.vae.decode(z), case.vae.decode(z).sample)
 
 
 def vae_blocks(case: Case) -> Iterator[Row]:
@@ -131,15 +129,14 @@ def vae_blocks(case: Case) -> Iterator[Row]:
     b, H, W = case.sizes[0]
     x = small(b, cfg.ch * cfg.ch_mult[-1], H, W)
     mid, reference = ours.decoder.mid, theirs.decoder.mid_block
-    yield Row("VAE: ResnetBlock", error(mid.block_1(x), reference.resnets[0](x, None)), 2e-5)
-    yield Row("VAE: AttnBlock", error(mid.attn_1(x), reference.attentions[0](x)), 2e-5)
-    upsample = theirs.decoder.up_blocks[0].upsamplers[0]
-    yield Row("VAE: Upsample", error(ours.decoder.up[-1].upsample(x), upsample(x)), 2e-5)
+    yield compared("VAE: ResnetBlock", mid.block_1(x), reference.resnets[0](x, None))
+    yield compared("VAE: AttnBlock", mid.attn_1(x), reference.attentions[0](x))
+    yield compared("VAE: Upsample", ours.decoder.up[-1].upsample(x), theirs.decoder.up_blocks[0].upsamplers[0](x))
     x = small(b, cfg.ch, 2 * H, 2 * W)
-    downsample = theirs.encoder.down_blocks[0].downsamplers[0]
-    yield Row("VAE: Downsample (pads right and bottom)", error(ours.encoder.down[0].downsample(x), downsample(x)), 2e-5)
-    widens = ours.encoder.down[1].block[0], theirs.encoder.down_blocks[1].resnets[0]
-    yield Row("VAE: ResnetBlock that widens", error(widens[0](x), widens[1](x, None)), 2e-5)
+    reference = theirs.encoder.down_blocks[0].downsamplers[0](x)
+    yield compared("VAE: Downsample (pads right and bottom)", ours.encoder.down[0].downsample(x), reference)
+    reference = theirs.encoder.down_blocks[1].resnets[0](x, None)
+    yield compared("VAE: ResnetBlock that widens", ours.encoder.down[1].block[0](x), reference)
 
 
 def text(case: Case) -> Iterator[Row]:
@@ -162,14 +159,14 @@ def steps(case: Case) -> Iterator[Row]:
             ours, x0 = ddim.step(x, eps, abar[t], abar[max(t - 1000 // n, 0)])
             reference = theirs.step(eps, t, x)
             worst = max(worst, error(ours, reference.prev_sample), error(x0, reference.pred_original_sample))
-        yield Row(f"DDIM, each of {n} steps", worst, 2e-5)
+        yield Row(f"DDIM, each of {n} steps", worst)
 
 
 def latents(case: Case) -> Iterator[Row]:
     """Classifier-free guidance from the same noise, 10 steps."""
     cfg, scale, seeds = case.sd.config, 7.5, [3]
     H = W = cfg.size // cfg.vae.factor
-    *_, last = sample(case.sd, list(PROMPTS[:1]), CFG(), steps=10, scale=scale, seeds=seeds)
+    *_, last = sample(case.sd, list(PROMPTS[:1]), Guidance(), steps=10, scale=scale, seeds=seeds)
     x = torch.stack([torch.randn(4, H, W, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     context, theirs = case.sd.text.encode(["", PROMPTS[0]]), references.scheduler(cfg, 10)
     for t in theirs.timesteps:
@@ -180,20 +177,21 @@ def latents(case: Case) -> Iterator[Row]:
 
 def bfloat16(case: Case) -> Iterator[Row]:
     """Our distance from float32 over diffusers'. Root mean squares: largest values differ by 20 % between inputs."""
-    b, H, W = case.sizes[0]
-    x, t, context = inputs(case, b, H, W)
+    x, t, context = inputs(case, *case.sizes[0])
     half = torch.bfloat16
-    exact = case.sd.unet(x, t, context)
-    ours, theirs = copy.deepcopy(case.sd.unet).to(half), copy.deepcopy(case.unet).to(half)
-    found = (ours(x, t, context) - exact).square().mean()
-    reference = (theirs(x.to(half), t, context.to(half)).sample.float() - exact).square().mean()
-    yield Row("UNet in bfloat16: distance from float32, over diffusers'", (found / reference).sqrt().item(), 1.2)
-    del ours, theirs
-    exact = case.sd.vae.decode(x)
-    ours, theirs = copy.deepcopy(case.sd.vae).to(half), copy.deepcopy(case.vae).to(half)
-    found = (ours.decode(x.to(half)).float() - exact).square().mean()
-    reference = (theirs.decode(x.to(half)).sample.float() - exact).square().mean()
-    yield Row("VAE decode in bfloat16: the same", (found / reference).sqrt().item(), 1.2)
+
+    def in_half(module):
+        return copy.deepcopy(module).to(half)
+
+    def ratio(exact: Tensor, ours: Tensor, theirs: Tensor) -> float:
+        found, reference = ((x.float() - exact).square().mean() for x in (ours, theirs))
+        return (found / reference).sqrt().item()
+
+    unets = in_half(case.sd.unet)(x, t, context), in_half(case.unet)(x.to(half), t, context.to(half)).sample
+    found = ratio(case.sd.unet(x, t, context), *unets)
+    yield Row("UNet in bfloat16: distance from float32, over diffusers'", found, 1.2)
+    pictures = in_half(case.sd.vae).decode(x.to(half)), in_half(case.vae).decode(x.to(half)).sample
+    yield Row("VAE decode in bfloat16: the same", ratio(case.sd.vae.decode(x), *pictures), 1.2)
 
 
 GROUPS = (unet, unet_blocks, vae, vae_blocks, text, steps, latents, bfloat16)

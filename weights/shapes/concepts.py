@@ -45,11 +45,13 @@ def main() -> None:
     seeds = [100_000 * (args.seed + 1) + i for i in range(len(every))]
     plain, other = (draw(sd, every, method, seeds) for method in (dag.Guidance(), dag.DAG(*tokens)))
     seen, then = judge.read(plain["images"]), judge.read(other["images"])
+    rows, shown = [], min(3, args.prompts)
     print(f"| prompts | concept | {' | '.join(COLUMNS)} | rows per step |\n{'|---' * (3 + len(COLUMNS))}|")
-    for k, name in enumerate(SETS):
+    for k, (name, some) in enumerate(texts.items()):
         at = slice(k * args.prompts, (k + 1) * args.prompts)
+        before, after = part(plain, at), part(other, at)
         for concept in CONCEPTS:
-            result = effect(part(plain, at), part(other, at), seen[at], then[at], concept, tuple(CONCEPTS))
+            result = effect(before, after, seen[at], then[at], (concept, *CONCEPTS))
             cells = ["" if result[column] is None else f"{result[column]:g}" for column in COLUMNS]
             print(f"| {name} | {' '.join(concept)} | {' | '.join(cells)} | {result['rows per step']:.2f} |")
         if name == "both":
@@ -58,10 +60,7 @@ def main() -> None:
             print(f"| both | both erased | {len(had)} | {both / max(1, len(had)):.4g} | | | |")
         if name == "neither":
             print(f"| neither | bit for bit the unguided picture | {args.prompts} | {result['identical']:g} | | | |")
-    rows, shown = [], min(3, args.prompts)
-    for k, some in enumerate(texts.values()):
-        first = slice(k * args.prompts, k * args.prompts + shown)
-        pairs = torch.stack([plain["images"][first], other["images"][first]], 1)  # (shown, 2, 3, 128, 128)
+        pairs = torch.stack([before["images"], after["images"]], 1)[:shown]  # (shown, 2, 3, 128, 128)
         rows.append((" | ".join(some[:shown]), to_pil(pairs.flatten(0, 1))))
     save_png(contact_sheet(rows, ["unguided", "guided with both"] * shown, side=128), args.out)
     print(args.out)

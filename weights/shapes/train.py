@@ -84,11 +84,8 @@ class Run:
             torch.manual_seed(self.step)
             u = self.step / self.steps
             for group in self.opt.param_groups:  # 2 % warm-up, then half a cosine
-                group["lr"] = (
-                    self.lr
-                    * min(1, self.step / (0.02 * self.steps) + 0.01)
-                    * (0.01 + 0.99 * math.cos(u * math.pi / 2) ** 2)
-                )
+                rising, falling = min(1, u / 0.02 + 0.01), 0.01 + 0.99 * math.cos(u * math.pi / 2) ** 2
+                group["lr"] = self.lr * rising * falling
             loss = loss_of(self.step)
             self.opt.zero_grad()
             loss.backward()
@@ -105,10 +102,8 @@ class Run:
             if self.step % 100 == 0 or self.step == self.steps:
                 pace = (time.time() - started) / (self.step - first)
                 left = pace * (self.steps - self.step) / 60
-                print(
-                    f"{self.name} {self.step}/{self.steps}  loss {mean:.4f}  {pace:.2f} s per step  {left:.0f} min left",
-                    flush=True,
-                )
+                done = f"{self.name} {self.step}/{self.steps}  loss {mean:.4f}"
+                print(f"{done}  {pace:.2f} s per step  {left:.0f} min left", flush=True)
             if self.step % 500 == 0 or self.step == self.steps:
                 self.save()
         self.model.load_state_dict(self.ema)
