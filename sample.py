@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     import dag
     from dag.cli import expected, pictures, report, setup
     from dag.evaluation.baselines import by_name
+    from kernels.choice import WithoutMaps
 
     setup.writable(args.out)
     sd, device, dtype = setup.open_model(args)
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         concepts = [replace(c, safety_text=args.safety_text) for c in concepts]
     safety_texts = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
     fused = setup.attention(args.attention, sd, concepts)
+    blind = [WithoutMaps(sd.unet, concepts, fused)] if fused and concepts else []
     guidances = {name: by_name(name, safety_texts, concepts, fused) for name in names}
     for name, guidance in guidances.items():
         warmup = cfg.dag.warmup if name.startswith("dag") else getattr(guidance, "warmup", 0)
@@ -122,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
             for m, (name, guidance) in enumerate(guidances.items()):
                 began, title = time.time(), f"{name}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
                 texts, seeds = [text for text, _ in part], [seed for _, seed in part]
-                loop = dag.sample(sd, texts, guidance, args.steps, scale, seeds, *size)
+                hooks = [] if guidance.tokens else blind
+                loop = dag.sample(sd, texts, guidance, args.steps, scale, seeds, *size, hooks=hooks)
                 steps = list(tqdm(loop, title, args.steps, unit="step", leave=False, disable=None))
                 columns.append(report.drawings(sd, part, name, guidance, steps, time.time() - began))
                 for k, drawing in enumerate(columns[-1], start):

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from dag.cam import AttentionWithMaps, layers_of
+from torch import Tensor
+
+from dag.attention import NO_ROWS, CrossAttention
+from dag.cam import AttentionWithMaps, Probe, layers_of
 from dag.model import StableDiffusion
 from dag.tokens import GuidelineTokens
 
@@ -33,3 +36,17 @@ def for_run(choice: str, sd: StableDiffusion, tokens: Sequence[GuidelineTokens])
     if obstacle is not None:
         raise ValueError(f"the fused kernel cannot run: {obstacle}; use auto or plain")
     return kernel.cross_attention_with_maps
+
+
+class WithoutMaps(Probe):
+    """The hook of a run's methods that read no maps, where the others use the kernel.
+
+    It runs the same compiled kernel with no rows selected, so that a picture in which nothing is found stays bit for
+    bit the unguided one beside it.
+    """
+
+    def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        if layer not in self.dk or self.call.cond == NO_ROWS:
+            return None
+        out, _ = self.fused(q, k, v, self.dk[layer], [])
+        return out

@@ -159,9 +159,8 @@ class ModelCheckpoint:
     """Stands for Lightning's class of this name, which old files use as a dictionary key."""
 
 
-class _Storage(NamedTuple):
-    lazy: Lazy
-    key: int
+class _Storage(tuple):
+    """The words by which a pickle asks for a storage outside of it."""
 
 
 class _Pickler(pickle.Pickler):
@@ -172,17 +171,14 @@ class _Pickler(pickle.Pickler):
         self.stored = stored
 
     def persistent_id(self, obj):
-        if not isinstance(obj, _Storage):
-            return None
-        numel = int(np.prod(obj.lazy.shape))
-        return ("storage", STORAGES[obj.lazy.dtype], str(obj.key), "cpu", numel)
+        return tuple(obj) if isinstance(obj, _Storage) else None
 
     def reducer_override(self, obj):
         if not isinstance(obj, Lazy):
             return NotImplemented
+        numel, stride = int(np.prod(obj.shape)), torch.empty(obj.shape, device="meta").stride()
+        storage = _Storage(("storage", STORAGES[obj.dtype], str(len(self.stored)), "cpu", numel))
         self.stored.append(obj)
-        stride = torch.empty(obj.shape, device="meta").stride()
-        storage = _Storage(obj, len(self.stored) - 1)
         return torch._utils._rebuild_tensor_v2, (storage, 0, obj.shape, stride, False, OrderedDict())
 
 

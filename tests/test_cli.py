@@ -175,10 +175,7 @@ USAGE = {
     "n-images": (["--n-images", "0"], "argument --n-images: 0 is out of range"),
     "nan": (["--scale", "nan"], "argument --scale: nan is out of range"),
     "negative scale": (["--scale", "-1"], "argument --scale: -1 is out of range"),
-    "guidance": (
-        ["--guidance", "none,foo"],
-        "argument --guidance: unknown method 'foo', expected a list of none",
-    ),
+    "guidance": (["--guidance", "none,foo"], "argument --guidance: unknown method 'foo', expected a list of none"),
     "dtype": (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "device": (["--device", "quantum"], "--device quantum: not available here"),
     "detect": (["--detect", "p.png", "--prompt", "x", "--save-maps"], "draws nothing: leave out --prompt, --save-maps"),
@@ -222,21 +219,8 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_warnings(tmp_path, capsys):
-    argv = [
-        "--steps",
-        "1",
-        "--guidance",
-        "none",
-        "--prompt",
-        "a pink circle",
-        "--prompt",
-        "a red circle and " * 6,
-        "--prompt",
-        "",
-        "--save-maps",
-        "--safety-text",
-        "a scarlet circle",
-    ]
+    prompts = ["--prompt", "a pink circle", "--prompt", "a red circle and " * 6, "--prompt", ""]
+    argv = ["--steps", "1", "--guidance", "none", "--save-maps", "--safety-text", "a scarlet circle", *prompts]
     assert sample.main([*argv, "--out", str(tmp_path)]) == 0
     said = [line for line in lines(capsys) if line.startswith("warning")]
     assert "prompt: unknown words for the shapes model: pink" in said[0]
@@ -252,11 +236,11 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
 
     real, calls = sampling.sample, []
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(sampling, "sample", interrupted)
     argv = ["--prompt", "a red circle", "--n-images", "6", "--steps", "1", "--height", "512", "--width", "512"]

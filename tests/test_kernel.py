@@ -42,7 +42,7 @@ def test_interpreted(tmp_path, grid):
     cases = list(kernel_interpreted.full() if grid == "full" else kernel_interpreted.short())
     kinds = [line.split()[1] for line in lines]
     assert kinds.count("numbers") == len(cases)
-    assert set(kinds) == {"numbers", "traffic", "regression", "refusal", "loop"}
+    assert set(kinds) == {"numbers", "traffic", "regression", "refusal", "loop", "unguided"}
 
 
 @pytest.mark.parametrize("grid", GRIDS)
