@@ -109,9 +109,9 @@ def community(entries: dict[str, Lazy]) -> dict[str, Lazy]:
     return kept | {name: given(torch.ones(1)) for name in extra}
 
 
-def write_safetensors(path: Path, entries: dict[str, Lazy], metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(path: Path, entries: dict[str, Lazy]) -> None:
     kinds = {dtype: name for name, dtype in DTYPES.items()}
-    table, end = {"__metadata__": metadata} if metadata else {}, 0
+    table, end = {}, 0
     for name, lazy in entries.items():
         begin, end = end, end + int(np.prod(lazy.shape)) * lazy.dtype.itemsize
         table[name] = {"dtype": kinds[lazy.dtype], "shape": lazy.shape, "data_offsets": [begin, end]}

@@ -12,12 +12,13 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 pytest.importorskip("triton")
 
+import dag
 import sample
 from dag.cam import attention_with_maps
 from dag.tokens import Reading
 from kernels import cross_attention as kernel
 from kernels.bench import errors, inputs
-from kernels.choice import for_run
+from kernels.choice import WithoutMaps, for_run
 from tests.conftest import ROOT
 from tests.measure import kernel_interpreted
 
@@ -42,7 +43,7 @@ def test_interpreted(tmp_path, grid):
     cases = list(kernel_interpreted.full() if grid == "full" else kernel_interpreted.short())
     kinds = [line.split()[1] for line in lines]
     assert kinds.count("numbers") == len(cases)
-    assert set(kinds) == {"numbers", "traffic", "regression", "refusal", "loop", "unguided"}
+    assert set(kinds) == {"numbers", "traffic", "regression", "refusal", "loop", "unselected"}
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -101,6 +102,25 @@ def test_choice(monkeypatch):
         choose("fused")
     with pytest.raises(ValueError, match="attention is 'flash', expected auto, plain, fused"):
         choose("flash", "cpu")
+
+
+def test_unguided_beside_guided(random_model):
+    """Methods without maps run the same implementation, so a picture in which nothing is found stays the unguided one."""
+    calls = []
+
+    def fused(q, k, v, dk, rows):
+        calls.append(list(rows))
+        out, maps = attention_with_maps(q, k, v, dk, rows)
+        return out + 1e-3, maps  # unlike plain attention's
+
+    tokens = dag.GuidelineTokens.from_text(random_model, "a red circle", "a blue star")
+    tokens = replace(tokens, levels=(0,), lo=(2.0,), hi=(3.0,))
+    hook = WithoutMaps(random_model.unet, [tokens], fused)
+    *_, plain = dag.sample(random_model, ["a star"], dag.Guidance(), 2, hooks=[hook])
+    *_, guided = dag.sample(random_model, ["a star"], dag.DAG(tokens, fused=fused), 2)
+    *_, other = dag.sample(random_model, ["a star"], dag.Guidance(), 2)
+    assert torch.equal(plain.x, guided.x) and not torch.equal(plain.x, other.x)
+    assert calls == [[]] * (len(calls) // 2) + [[1]] * (len(calls) // 2)
 
 
 def test_fused_on_the_cpu_is_one_line(tmp_path, capsys):
