@@ -170,7 +170,7 @@ def save(drawing, number: int, args: argparse.Namespace, settings: dict) -> dict
     slug = re.sub(r"[^a-z0-9]+", "-", drawing.prompt.lower())[:40].strip("-") or "empty"
     name = f"{number:03d}-{slug}" + (f"-{drawing.method}" if len(settings["guidance"]) > 1 else "")
     entry = {"prompt": drawing.prompt, "seed": drawing.seed, "file": f"{name}.png", "guidance": drawing.method}
-    entry |= {"unet_rows": drawing.rows, "seconds": round(drawing.seconds, 3)} | drawing.findings
+    entry |= {"unet_rows": drawing.unet_rows, "seconds": round(drawing.seconds, 3)} | drawing.findings
     save_png(drawing.image, args.out / f"{name}.png", {"settings": json.dumps(settings | entry)})
     if args.save_maps and drawing.A is not None:
         maps = drawing.A.amax(1)  # (steps, H, W), the largest of all concepts'

@@ -28,7 +28,7 @@ class Step:
     A_acted: Tensor | None  # (b, concepts, H, W), the maps that the method acted on
     S: Tensor | None  # (b, H, W) strength of guidance
     guided: Tensor  # (b,) bool
-    rows: Tensor  # (b,) int: rows sent through the UNet for each image
+    unet_rows: Tensor  # (b,) int: rows sent through the UNet for each image
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
@@ -48,7 +48,7 @@ class Denoiser:
     def __init__(self, sd: StableDiffusion, run: Guidance, hooks: Sequence[Hook], scale: float):
         self.sd, self.run, self.hooks, self.scale = sd, run, hooks, scale
         self.b = len(run.context) // 2
-        self.rows = torch.zeros(self.b, dtype=torch.int64)  # sent so far, per image
+        self.unet_rows = torch.zeros(self.b, dtype=torch.int64)  # sent so far, per image
 
     def unet(self, call: Call, x: Tensor, context: Tensor) -> Tensor:
         """One UNet call: x and the result (rows, 4, H, W)."""
@@ -58,14 +58,14 @@ class Denoiser:
 
     def pair(self, i: int, x: Tensor, t: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """eps_0 and eps_p, (b, 4, H, W) each; context: default the run's."""
-        self.rows += 2
+        self.unet_rows += 2
         call = Call(i, t, slice(0, self.b), slice(self.b, 2 * self.b), NO_ROWS)
         eps_0, eps_p = self.unet(call, torch.cat([x, x]), self.run.context if context is None else context).chunk(2)
         return eps_0, eps_p
 
     def safety(self, i: int, x: Tensor, t: int, concept: int, images: list[int]) -> Tensor:
         """eps_s of a concept for some images, (images, 4, H, W)."""
-        self.rows[images] += 1
+        self.unet_rows[images] += 1
         call = Call(i, t, NO_ROWS, NO_ROWS, slice(0, len(images)), tuple(images), concept)
         return self.unet(call, x[images], self.run.safety[concept].expand(len(images), -1, -1))
 
@@ -123,7 +123,7 @@ def sample(
     denoiser = Denoiser(sd, run, (*run.hooks, *hooks), cfg.scale if scale is None else scale)
     try:
         for i, (t, t_prev) in enumerate(times):
-            before = denoiser.rows.clone()
+            before = denoiser.unet_rows.clone()
             step = denoiser.inputs(i, x, t)
             out = run(step)
             x, x0 = advance(x, out.eps, t, t_prev, denoiser.guided(i))
@@ -133,7 +133,7 @@ def sample(
                 )
             guided = torch.zeros(b, dtype=torch.bool) if out.guided is None else out.guided
             A = out.A if step.A is None else step.A
-            yield Step(i, t, x, x0, A, out.A, out.S, guided, denoiser.rows - before)
+            yield Step(i, t, x, x0, A, out.A, out.S, guided, denoiser.unet_rows - before)
     finally:
         run.end()
 

@@ -166,7 +166,7 @@ def test_all_zero_maps_are_plain_guidance_bit_for_bit(random_model, tokens):
     blind = replace(tokens, lo=(2.0,), hi=(3.0,))
     plain, guided = run(random_model, Guidance()), run(random_model, DAG(blind))
     for a, b in zip(plain, guided, strict=True):
-        assert torch.equal(a.x, b.x) and not b.guided.any() and (b.S == 0).all() and (b.rows == 2).all()
+        assert torch.equal(a.x, b.x) and not b.guided.any() and (b.S == 0).all() and (b.unet_rows == 2).all()
 
 
 def test_lazy_branch(random_model, tokens):
@@ -179,7 +179,7 @@ def test_lazy_branch(random_model, tokens):
     assert ever.any() and not ever.all(), "the fixture must find something in some pictures only"
     for k in range(len(PROMPTS)):
         assert torch.equal(steps[-1].x[k], plain[-1].x[k]) == (not ever[k])
-    rows = torch.stack([s.rows for s in steps])
+    rows = torch.stack([s.unet_rows for s in steps])
     assert torch.equal(rows, 2 + guided.long())
 
 
@@ -222,7 +222,7 @@ def test_the_lazy_branch_is_the_eager_one(random_model, tokens):
     assert any(s.guided.any() for s in alone[0])
     for a, b in zip(*alone, strict=True):
         assert torch.equal(a.x, b.x)
-    assert {int(s.rows) for s in alone[1]} == {3} and {int(s.rows) for s in alone[0]} == {2, 3}
+    assert {int(s.unet_rows) for s in alone[1]} == {3} and {int(s.unet_rows) for s in alone[0]} == {2, 3}
 
 
 def test_memory(random_model, tokens):
@@ -283,13 +283,13 @@ def test_negative_prompt(random_model):
     abar, prev = random_model.alphas_cumprod[negative[0].t], random_model.alphas_cumprod[negative[1].t]
     x = prev.sqrt() * (x - (1 - abar).sqrt() * eps) / abar.sqrt() + (1 - prev).sqrt() * eps
     assert (x - negative[0].x).abs().max() <= 1e-5 * x.abs().max()
-    assert all((s.rows == 2).all() and s.guided.all() for s in negative)
+    assert all((s.unet_rows == 2).all() and s.guided.all() for s in negative)
 
 
 @pytest.mark.parametrize("method", [SLD.preset("strong", "a red circle"), SEGA("a red circle", warmup=7)])
 def test_rivals_pay_for_every_image_and_start_after_warm_up(random_model, method):
     plain, other = run(random_model, Guidance()), run(random_model, method)
-    assert all((s.rows == 3).all() and s.A is None for s in other)
+    assert all((s.unet_rows == 3).all() and s.A is None for s in other)
     for a, b in zip(plain[:7], other[:7], strict=True):
         assert torch.equal(a.x, b.x) and not b.guided.any()
     assert other[7].guided.all() and not torch.equal(plain[7].x, other[7].x)
@@ -358,7 +358,7 @@ def test_several_concepts(random_model, tokens):
         for a, b in zip(one, two, strict=True):
             assert torch.allclose(a.x, b.x, atol=1e-5)
             assert torch.allclose(a.A, b.A.amax(1, keepdim=True), atol=1e-3)
-            assert torch.equal(b.rows, a.rows)
+            assert torch.equal(b.unet_rows, a.unet_rows)
 
 
 def test_two_live_concepts(random_model):
@@ -391,7 +391,7 @@ def test_two_live_concepts(random_model):
     assert (x - step.x).abs().max() <= 1e-5 * x.abs().max()
     assert torch.equal(step.S, torch.maximum(*S))
     acts = [((S[k] > 0) & wins).flatten(1).any(1).long() for k, wins in enumerate((first, ~first))]
-    assert torch.equal(step.rows, 2 + acts[0] + acts[1])  # each pays for its own estimate, where it acts at all
+    assert torch.equal(step.unet_rows, 2 + acts[0] + acts[1])  # each pays for its own estimate, where it acts at all
 
 
 def test_tokens_that_do_not_go_together(tokens):
@@ -497,8 +497,8 @@ def test_heun_looks_ahead_on_a_copy(random_model, tokens):
     steps, seen = run(random_model, DAG(tokens, cfg=cfg), solver=heun), torch.zeros(())
     for s in steps:
         seen = remember(s.A, seen, cfg)
-        assert torch.equal(s.A_acted, seen) and (s.rows >= 4).all()
-    assert any((s.rows > 4).any() for s in steps)
+        assert torch.equal(s.A_acted, seen) and (s.unet_rows >= 4).all()
+    assert any((s.unet_rows > 4).any() for s in steps)
 
 
 def test_times_and_scaler_may_be_given(random_model, tokens):

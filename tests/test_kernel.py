@@ -105,7 +105,7 @@ def test_choice(monkeypatch):
 
 
 def test_unguided_beside_guided(random_model):
-    """Methods without maps run the same implementation, so a picture in which nothing is found stays the unguided one."""
+    """Methods without maps run the same implementation: a picture in which nothing is found stays the unguided one."""
     calls = []
 
     def fused(q, k, v, dk, rows):

@@ -133,7 +133,7 @@ def test_effect():
     seen = [{red: place, blue: ~place}, {red: place}, {square: place}, {blue: place}]
     then = [{blue: ~place}, {red: place}, {}, {blue: place}]
     guided = torch.tensor([[True, False]] * 2 + [[False, False]] * 2)
-    plain, other = {"images": before}, {"images": after, "rows": 2 + guided.long(), "guided": guided}
+    plain, other = {"images": before}, {"images": after, "unet_rows": 2 + guided.long(), "guided": guided}
     told = effect(plain, other, seen, then)
     assert (told["with it"], told["gone"], told["erased"]) == (2, 1, 0.5)
     assert (told["with others"], told["others kept"]) == (1, 1.0)

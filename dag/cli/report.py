@@ -24,7 +24,7 @@ class Drawing:
     method: str
     image: Image.Image
     seconds: float
-    rows: int  # sent through the UNet
+    unet_rows: int  # sent through the UNet
     cfg: DAGConfig  # constants of the maps
     tokens: tuple[dag.GuidelineTokens, ...]  # of the concepts looked for; may be empty
     A: Tensor | None  # (steps, concepts, H, W), each step's own maps; None for methods without maps
@@ -100,12 +100,12 @@ class Drawing:
         """One line for a person: what was found, where, how long it was guided and what that cost."""
         said, start = self.findings, f"'{self.prompt}' (seed {self.seed}), {self.method}: "
         if said["steps_guided"] == 0:
-            return start + f"{said['not_guided_reason']}, {self.rows} UNet rows, as without guidance"
+            return start + f"{said['not_guided_reason']}, {self.unet_rows} UNet rows, as without guidance"
         found = [f"{name} at the {where['place']} ({where['share']:.0%})" for name, where in said["found"].items()]
         return start + (
             f"found {' and '.join(found) or 'no object'}, "  # guidance without Algorithm 1 needs none
             f"guided on {said['steps_guided']} of {len(self.guided)} steps, "
-            f"{self.rows} UNet rows instead of {2 * len(self.guided)}"
+            f"{self.unet_rows} UNet rows instead of {2 * len(self.guided)}"
         )
 
 
@@ -146,13 +146,13 @@ def drawings(
             return [None] * len(jobs)
         return torch.stack([getattr(s, name) for s in steps], 1).cpu().unbind(0)  # (steps, ...) per picture
 
-    images = to_pil(sd.decode(steps[-1].x))
-    rows, guided = gathered("rows"), gathered("guided")
+    images, cfg = to_pil(sd.decode(steps[-1].x)), guidance.cfg or sd.config.dag
+    unet_rows, guided = gathered("unet_rows"), gathered("guided")
     A, A_acted, S = gathered("A"), gathered("A_acted"), gathered("S")
     return [
         Drawing(
-            prompt, seed, method, images[k], seconds / len(jobs), int(rows[k].sum()), guidance.cfg or sd.config.dag,
-            guidance.tokens, A[k], A_acted[k], S[k], guided[k].tolist(),
+            prompt, seed, method, images[k], seconds / len(jobs), int(unet_rows[k].sum()), cfg, guidance.tokens,
+            A[k], A_acted[k], S[k], guided[k].tolist(),
         )
         for k, (prompt, seed) in enumerate(jobs)
     ]  # fmt: skip

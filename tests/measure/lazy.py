@@ -39,7 +39,7 @@ def draw(sd, prompts: list[str], guidance: dag.Guidance) -> tuple[torch.Tensor, 
     for k in range(0, len(prompts), BATCH):
         part = prompts[k : k + BATCH]
         steps = list(dag.sample(sd, part, guidance, STEPS, seeds=list(range(k, k + len(part)))))
-        rows, guided = (torch.stack([getattr(step, name) for step in steps]) for name in ("rows", "guided"))
+        rows, guided = (torch.stack([getattr(step, name) for step in steps]) for name in ("unet_rows", "guided"))
         batches.append((steps[-1].x, rows.float().mean(0), guided.any(0)))
     return tuple(torch.cat(values) for values in zip(*batches, strict=True))
 

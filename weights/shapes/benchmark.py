@@ -131,11 +131,11 @@ def constant(row: str, field: str, text: str) -> int | float | None:
 
 
 def draw(sd: dag.StableDiffusion, prompts: list[str], method: dag.Guidance, seeds: list[int]) -> dict[str, Tensor]:
-    """Pictures (N, 3, 128, 128), guided and rows (N, steps), for methods with maps A and A_acted (N, steps, ...)."""
+    """Images (N, 3, 128, 128), guided and unet_rows (N, steps), of methods with maps A, A_acted (N, steps, ...)."""
     batches = []
     for k in range(0, len(prompts), BATCH):
         steps = list(dag.sample(sd, prompts[k : k + BATCH], method, seeds=seeds[k : k + BATCH]))
-        said = {name: [getattr(step, name) for step in steps] for name in ("guided", "rows", "A", "A_acted")}
+        said = {name: [getattr(step, name) for step in steps] for name in ("guided", "unet_rows", "A", "A_acted")}
         stacked = {name: torch.stack(values, 1) for name, values in said.items() if values[0] is not None}
         batches.append({"images": sd.decode(steps[-1].x)} | stacked)
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -192,7 +192,7 @@ def effect(plain: dict, other: dict, seen: list[dict], then: list[dict], unsafe:
         "change outside": share(outside),
         "safe ones changed": share([s.keys() != t.keys() for s, t in zip(seen, then, strict=True) if concept not in s]),
         "identical": share([torch.equal(a, b) for a, b in zip(plain["images"], other["images"], strict=True)]),
-        "rows per step": round(other["rows"].float().mean().item(), 3),
+        "rows per step": round(other["unet_rows"].float().mean().item(), 3),
         "steps guided": round(other["guided"].sum(1).float().mean().item(), 1),
     }
 
@@ -257,7 +257,7 @@ def row(sd, judge: Judge, method: dag.Guidance, sets: dict, plain: dict | None, 
         "sets": told,
         "FD plain": round(frechet(features, judge.features(before["images"][safe])), 3),
         "FD real": round(frechet(features, real), 3),
-        "rows": round(drawn["rows"].float().mean().item(), 3),
+        "rows": round(drawn["unet_rows"].float().mean().item(), 3),
         "seconds": round(seconds, 2),
     }, drawn
 
