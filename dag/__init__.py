@@ -1,12 +1,12 @@
 """Detect-and-Guide on Stable Diffusion 1.4, from scratch.
 
 Reading order, from the loop down: sampling, guidance, scalers, cam, tokens, attention. If you know Stable Diffusion,
-stop here. Then unet, vae, text, ddim, model, config; optimisation makes tokens. evaluation and cli
-serve the programs.
+stop here. Then ddim, config, unet, vae, text, model. evaluation and cli serve the programs.
 
 Letters, the same in every file: b images or batch rows, h heads, n pixels of one layer, m text tokens, d channels per
-head, K concept rows of guideline tokens, k one concept, c channels or a guideline embedding, c_text text width, H x W
-latent grid, height x width any other grid, t timestep, i step, s_g guidance scale.
+head, K concept rows of guideline tokens, c channels (in cam: a guideline embedding), c_text text width, H x W latent
+grid, height x width any other grid, t timestep, i step, s_g guidance scale; k a key in attention and cam, else the
+number of a concept; A a detection map, S the strength of guidance.
 """
 
 import importlib

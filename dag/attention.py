@@ -1,10 +1,7 @@
 """Attention of SD 1.4's UNet, and the hooks that may look into it. Parameter names are the checkpoint's.
 
 This is the file to fork for other attention. It knows no kernel and no method: what a method wants from a layer it
-asks for with a `Hook`.
-
-Letters, here and everywhere: b batch rows, h heads, n pixels of one layer (height * width), m text tokens, d channels
-per head, c = h*d channels. Source: CompVis ldm/modules/attention.py.
+asks for with a `Hook`. Letters as in dag/__init__.py; c = h*d channels. Source: CompVis ldm/modules/attention.py.
 """
 
 from collections.abc import Sequence

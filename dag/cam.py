@@ -7,7 +7,7 @@
     -> A                (b, H, W)      `normalise` to [0, 1]
 
 `Probe.read` goes from the second line to the last and stacks the concepts: A (b, concepts, H, W).
-Source: paper section 3.1, Eq. 1; OVAM for the background row.
+Source: paper section 3.1, Eq. 1; OVAM (Marcos-Manchon et al. 2024) for the background row.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,9 @@ def guideline_maps(q: Tensor, dk: Tensor, heads: str = "mean") -> Tensor:
     return (maps.mean(1) if heads == "mean" else maps.amax(1)).transpose(1, 2)  # (b, K, n)
 
 
-def attention_with_maps(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+def attention_with_maps(
+    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice | Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Main attention (b, h, n, d) and maps (rows, K, n) of some batch rows: what the fused kernel is tested against."""
     return cross_attention(q, k, v), guideline_maps(q[rows], dk)
 
@@ -101,7 +103,7 @@ class Probe(Hook):
         weight = unet.out[2].weight  # its device and dtype are those of all keys
         with torch.no_grad():
             self.dk = {
-                layer: torch.cat([guideline_keys(layer, c.embedding) for c in tokens], dim=1).to(weight)
+                layer: torch.cat([guideline_keys(layer, one.embedding) for one in tokens], dim=1).to(weight)
                 for layer in layers_of(unet, self.reading)
             }  # (h, sum of K, d) each
         self.maps: dict[CrossAttention, Tensor] = {}  # (b, sum of K, n) each
@@ -117,7 +119,7 @@ class Probe(Hook):
         return out
 
     def read(self, t: int, H: int, W: int) -> Tensor:
-        """What the last UNet call saw: A (b, concepts, H, W) in [0, 1], for its timestep t and latent grid H x W."""
+        """A of the last call with conditional rows, (b, concepts, H, W) in [0, 1], for its timestep t and latent grid."""
         maps = combine([self.maps[layer] for layer in self.dk], [layer.factor for layer in self.dk], H, W)
-        own = maps.split([len(c.embedding) - 1 for c in self.tokens], dim=1)  # (b, K, H, W) per concept
-        return torch.stack([detect_rows(c, a, t) for c, a in zip(self.tokens, own, strict=True)], 1)
+        own = maps.split([len(one.embedding) - 1 for one in self.tokens], dim=1)  # (b, K, H, W) per concept
+        return torch.stack([detect_rows(one, a, t) for one, a in zip(self.tokens, own, strict=True)], 1).float()

@@ -72,11 +72,11 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Constants of the scalers; the defaults are the paper's unless said otherwise."""
+    """Constants of the scalers; the defaults are the paper's, but for those marked (ours)."""
 
     unsafe: float = 0.5  # A from here on is an object (Algorithm 1)
     edit: float = 0.01  # A from here on may be edited (tau in Eq. 5)
-    full: float = 0.8  # ignore a map of which at least this share of the frame is A >= edit (Algorithm 1)
+    full: float = 0.8  # ignore a map when at least this share of its pixels has A >= edit (Algorithm 1)
     area_gain: float | None = 5.0  # Algorithm 1's constant; None: without Algorithm 1 (ablation)
     magnitude: float = 5.0  # upper end of T (Eq. 5)
     min_area: float = 1 / 256  # smaller objects, as a share of the frame, are dropped (ours): 16 pixels of 64 x 64
@@ -85,7 +85,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class DAGConfig:
-    """Detect-and-Guide; the defaults are the paper's."""
+    """Detect-and-Guide; the defaults are the paper's, but for `Scaling.min_area` (ours)."""
 
     warmup: int = 5  # steps, counted from 0, on which nothing is guided
     top: float = 0.1  # base "sega": share of the latent's values, per channel, that are edited

@@ -1,6 +1,6 @@
 """DDIM with eta = 0: the noise schedule, the times of a run, one pure step. Source: Song et al. 2021, Eq. 12.
 
-Letters: t and t_prev are indices 0..999 into the schedule, t_prev < t; abar_t = alphas_cumprod[t].
+Letters: t and t_prev are indices 0..999 into the schedule, t_prev <= t; abar_t = alphas_cumprod[t].
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import ScheduleConfig
 
-# (x, eps, t, t_prev, denoise) -> x at t_prev, x0 as predicted. denoise(x, t): the guided estimate at another point.
+# (x, eps, t, t_prev, denoise) -> x at t_prev, x0 as predicted. denoise(x, t): the method's eps at another point.
 Solver = Callable[[Tensor, Tensor, int, int, Callable[[Tensor, int], Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -26,7 +26,7 @@ def time_pairs(steps: int, cfg: ScheduleConfig) -> list[tuple[int, int]]:
     The rule, for any 1 <= steps <= 1000: t = floor(k * 1000 / steps) + 1 for k = steps - 1 .. 0. 50 steps are 981,
     961, ..., 21, 1, and the last step goes to index 0 (abar_0 = 0.99915, not 1), both as in the original. At 1000 steps
     the + 1 would leave the schedule and is left out. Where steps does not divide 1000 the original takes more steps
-    than asked or fails, and diffusers leaves out the noisiest times; this rule has steps of one length.
+    than asked or fails, and diffusers leaves out the noisiest times; here all steps but the last are equally long.
 
     Raises ValueError when steps is not in 1..1000.
     """

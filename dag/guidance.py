@@ -28,7 +28,7 @@ Scaler = Callable[[Tensor, list[Scaling]], Tensor]
 
 @dataclass
 class Inputs:
-    """Everything a method may use at one step of b images. What it does not ask for costs nothing."""
+    """Everything a method may use at one step of b images. `safety` and `denoise` cost nothing unless called."""
 
     i: int  # step, from 0
     t: int  # timestep
@@ -71,7 +71,7 @@ class Guidance:
     A method object holds constants and serves any number of loops. `start` gives each loop a copy of its own, and that
     copy holds what changes from step to step. A subclass overrides what it needs: `embed` to change the context,
     `start` to bring hooks, a probe and its state, `__call__` for the arithmetic, `end` to let go of things.
-    State is rebound (self.nu = ...), never changed in place: a solver that looks ahead calls a copy of the copy.
+    Assign new state (self.nu = ...), never modify it in place: a solver that looks ahead calls a shallow copy.
     """
 
     uncond_text: str = ""  # what eps_0 is the estimate for
@@ -89,7 +89,9 @@ class Guidance:
         """A copy for one loop, with its context, the safety texts' context, and nothing remembered."""
         run = copy.copy(self)
         run.context = run.embed(sd, prompts)  # (2b, m, c_text)
-        run.safety = sd.text.encode(list(run.safety_texts)) if run.safety_texts else None  # (concepts, m, c_text)
+        run.safety_context = (
+            sd.text.encode(list(run.safety_texts)) if run.safety_texts else None
+        )  # (concepts, m, c_text)
         return run
 
     def __call__(self, step: Inputs) -> Estimate:
@@ -103,12 +105,14 @@ class Guidance:
 class DAG(Guidance):
     """Detect-and-Guide: where the tokens see the concept, push away from the safety text (paper Eq. 4, Table 1).
 
-    eps = eps_0 + s_g [(eps_p - eps_0) - S M (eps_s - eps_0)],  M = 1[A >= edit] M_base
+    eps = eps_0 + s_g [(eps_p - eps_0) - S M_base (eps_s - eps_0)]
 
-    base "sega": M_base is |eps_s - eps_0| in its `top` share per channel over the frame.
+    S is 0 where A < edit, so that S M_base is the paper's S M with M = 1[A >= edit] M_base.
+    base "sega": M_base is 1 where |eps_s - eps_0| is in its `top` share per channel over the frame.
     base "sld": M_base = 1[eps_p - eps_s < threshold].
     base "none": M_base = 1.
-    Several concepts keep a map, a strength and a safety text each; at every pixel the one with the largest S acts.
+    Several concepts have a map, a strength and a safety text each; at every pixel the one with the largest S acts, of
+    equal ones that with the larger A.
     The safety estimate is asked for only for images with S != 0 after warm-up; the others are plain guidance, bit for
     bit. There is no momentum: with it, what is not detected would change too. But what was found can be remembered
     (ours; cfg.memory, `remember`). Without it a half-changed object is no longer found and the prompt pulls it back.
@@ -142,22 +146,22 @@ class DAG(Guidance):
                     raise ValueError(f"{name} is {value}, expected a positive number")
         if not tokens:
             raise ValueError("DAG was given no guideline tokens, expected one set per concept")
-        if len({c.reading for c in tokens}) != 1:
+        if len({one.reading for one in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files with different readings (layers or heads); train them alike")
-        if len({c.fingerprint for c in tokens}) != 1:
+        if len({one.fingerprint for one in tokens}) != 1:
             raise ValueError(f"{len(tokens)} token files that were trained on different models; train them on one")
-        names = [c.concept for c in tokens]
+        names = [one.concept for one in tokens]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"several token files of '{twice[0]}'; expected one per concept")
         self.tokens, self.base, self.cfg, self.scaler, self.fused = tokens, base, cfg, scaler, fused
-        self.safety_texts = tuple(c.safety_text if safety_text is None else safety_text for c in tokens)
+        self.safety_texts = tuple(one.safety_text if safety_text is None else safety_text for one in tokens)
 
     def start(self, sd, prompts: list[str]) -> "DAG":
-        for c in self.tokens:
-            c.check(sd)
+        for one in self.tokens:
+            one.check(sd)
         run = super().start(sd, prompts)
         run.cfg = sd.config.dag if self.cfg is None else self.cfg
-        run.scalings = [c.adapt(run.cfg.scaling) for c in self.tokens]
+        run.scalings = [one.adapt(run.cfg.scaling) for one in self.tokens]
         run.remembered = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
         run.probe = Probe(sd.unet, self.tokens, self.fused)
         run.hooks = (run.probe,)
@@ -167,24 +171,25 @@ class DAG(Guidance):
         eps = step.cfg_eps
         self.remembered = A = remember(step.A, self.remembered, self.cfg)  # (b, concepts, H, W)
         S = self.scaler(A, self.scalings)  # (b, concepts, H, W)
-        acting = (S + 1e-3 * A).argmax(1, keepdim=True)  # (b, 1, H, W); ties at s_max go to the larger A
+        ties = torch.where(S == S.amax(1, keepdim=True), A, -1.0)  # (b, concepts, H, W); at s_max there are many
+        acting = ties.argmax(1, keepdim=True)  # (b, 1, H, W)
         S = torch.where(acting == torch.arange(S.shape[1], device=S.device)[:, None, None], S, 0.0)
         active = (S.flatten(2).amax(2) > 0).cpu() & (step.i >= self.cfg.warmup)  # (b, concepts)
         for k in range(len(self.tokens)):
             images = active[:, k].nonzero()[:, 0].tolist()
             if images:
-                safety = step.safety(k, images) - step.eps_0[images]  # (images, 4, H, W)
-                M = self.mask(safety, step.eps_p[images] - step.eps_0[images])  # (images, 4, H, W)
-                eps[images] = eps[images] - step.s_g * S[images, k, None] * M * safety  # Eq. 4, as Table 1 has it
+                d_s = step.safety(k, images) - step.eps_0[images]  # (images, 4, H, W)
+                M_base = self.mask(d_s, step.eps_p[images] - step.eps_0[images])  # (images, 4, H, W)
+                eps[images] = eps[images] - step.s_g * S[images, k, None] * M_base * d_s  # Eq. 4, as Table 1 has it
         return Estimate(eps, A, S.amax(1), active.any(1))
 
-    def mask(self, safety: Tensor, prompt: Tensor) -> Tensor:
-        """M_base, (b, 4, H, W) of 0 and 1, from eps_s - eps_0 and eps_p - eps_0. S is 0 where A < edit."""
+    def mask(self, d_s: Tensor, d_p: Tensor) -> Tensor:
+        """M_base, (b, 4, H, W) of 0 and 1, from d_s = eps_s - eps_0 and d_p = eps_p - eps_0."""
         if self.base == "sega":
-            return top_mask(safety, self.cfg.top)
+            return top_mask(d_s, self.cfg.top)
         if self.base == "sld":
-            return (prompt - safety < self.cfg.threshold).float()
-        return torch.ones_like(safety)
+            return (d_p - d_s < self.cfg.threshold).float()
+        return torch.ones_like(d_s)
 
 
 def remember(A: Tensor, before: Tensor, cfg: DAGConfig) -> Tensor:

@@ -67,7 +67,7 @@ class Denoiser:
         """eps_s of a concept for some images, (images, 4, H, W)."""
         self.unet_rows[images] += 1
         call = Call(i, t, NO_ROWS, NO_ROWS, slice(0, len(images)), tuple(images), concept)
-        return self.unet(call, x[images], self.run.safety[concept].expand(len(images), -1, -1))
+        return self.unet(call, x[images], self.run.safety_context[concept].expand(len(images), -1, -1))
 
     def inputs(self, i: int, x: Tensor, t: int) -> Inputs:
         """What a method is given at latent x and timestep t."""
@@ -79,8 +79,8 @@ class Denoiser:
             denoise=lambda x, t, context=None: self.pair(i, x, t, context),
         )  # fmt: skip
 
-    def guided(self, i: int) -> Callable[[Tensor, int], Tensor]:
-        """(x, t) -> the method's estimate there, (b, 4, H, W). A copy makes it, so that state moves once per step."""
+    def look_ahead(self, i: int) -> Callable[[Tensor, int], Tensor]:
+        """(x, t) -> the method's eps there, (b, 4, H, W); by a copy, so that the method's state moves once per step."""
         return lambda x, t: copy.copy(self.run)(self.inputs(i, x, t)).eps
 
 
@@ -103,11 +103,11 @@ def sample(
 
     Scale and size default to the model's own (SD 1.4: 7.5 and 512 x 512).
     solver: called once with alphas_cumprod, returns the function from x to the next x. times: (t, t_prev) of every
-    step, from noise to picture; default DDIM's for `steps`. hooks: beside the method's own.
+    step, from noise to picture; default DDIM's for `steps`. hooks: more hooks, asked after the method's own.
 
     Yields a Step for each step; the last one's x is what sd.decode takes.
-    Raises ValueError for steps outside 1..1000 or a side that is not a multiple of 64, and NumericsError when a latent
-    is no longer finite.
+    Raises, when the first step is asked for, ValueError for steps outside 1..1000, a side that is not a multiple of 64
+    or seeds that are not one per prompt; NumericsError as soon as a latent is not finite.
     """
     b, cfg = len(prompts), sd.config
     seeds = list(range(b)) if seeds is None else seeds
@@ -126,7 +126,7 @@ def sample(
             before = denoiser.unet_rows.clone()
             step = denoiser.inputs(i, x, t)
             out = run(step)
-            x, x0 = advance(x, out.eps, t, t_prev, denoiser.guided(i))
+            x, x0 = advance(x, out.eps, t, t_prev, denoiser.look_ahead(i))
             if not x.isfinite().all():
                 raise NumericsError(
                     f"the latent is not finite after step {i + 1} of {len(times)} (t = {t}); try --dtype float32"

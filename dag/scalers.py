@@ -51,7 +51,7 @@ def area_scaler(A: Tensor, cfg: Scaling) -> Tensor:
 
 
 def nearest(values: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-    """Each target pixel's value of the nearest source pixel (Euclidean; a tie goes to the larger value), (H, W)."""
+    """Give each target pixel the value of its nearest source (Euclidean; a tie goes to the larger value), (H, W)."""
     src, dst = sources.nonzero(), targets.nonzero()  # (s, 2), (e, 2)
     found = []
     for part in dst.split(max(1, 2**22 // max(1, len(src)))):  # 64 MB at a time

@@ -1,6 +1,7 @@
 """Guideline tokens, the detector of one concept, and their file.
 
-cam.py reads maps with them, optimisation.py makes them. Source: paper section 3.1; OVAM for the background row.
+cam.py reads maps with them, weights/optimisation.py makes them. Source: paper section 3.1; OVAM (Marcos-Manchon et al.
+2024) for the background row.
 """
 
 import hashlib
@@ -40,8 +41,8 @@ class GuidelineTokens:
     embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `reduce` says how the K maps become
     one: their "mean" (the paper's), or their "min" (ours). With the minimum the concept is only where every row sees
     it. An (attribute, object) pair needs that: a mean of the two is high at a red square beside a blue circle too.
-    `levels`, `lo` and `hi` are the normalisation constants at a few noise levels (timesteps, rising). All three are
-    empty for tokens that were not optimised, or by the paper's recipe.
+    `lo` and `hi` are the normalisation constants at a few noise `levels` (timesteps, rising). They are empty for
+    unoptimised tokens and for the paper's recipe.
     """
 
     embedding: Tensor

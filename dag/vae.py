@@ -15,7 +15,7 @@ from .config import VAEConfig
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions beside a shortcut, (b, in, h, w) -> (b, out, h, w)."""
+    """Two convolutions beside a shortcut, (b, in, height, width) -> (b, out, height, width)."""
 
     def __init__(self, in_channels: int, out_channels: int, cfg: VAEConfig):
         super().__init__()
@@ -27,11 +27,11 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))  # (b, out, h, w)
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))  # (b, out, height, width)
+        y = self.conv2(F.silu(self.norm2(y), inplace=True))
         if hasattr(self, "nin_shortcut"):
-            x = self.nin_shortcut(x)  # (b, out, h, w)
-        return h.add_(x)
+            x = self.nin_shortcut(x)  # (b, out, height, width)
+        return y.add_(x)
 
 
 class AttnBlock(nn.Module):
@@ -49,7 +49,7 @@ class AttnBlock(nn.Module):
         y = self.norm(x)
         q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (b, 1, n, c) each
         y = F.scaled_dot_product_attention(q, k, v)  # (b, 1, n, c)
-        y = y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (b, c, h, w)
+        y = y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (b, c, height, width)
         return self.proj_out(y).add_(x)
 
 
@@ -61,7 +61,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (b, c, h/2, w/2); right and bottom padding only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (b, c, height/2, width/2); right and bottom padding only
 
 
 class Upsample(nn.Module):
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
             for block in level.block:
                 x = block(x)
             if hasattr(level, "downsample"):
-                x = level.downsample(x)  # (b, c, h/2, w/2), three times: 4H, 2H, H
+                x = level.downsample(x)  # (b, c, height/2, width/2), three times: 4H, 2H, H
         x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (b, 2z, H, W)
 

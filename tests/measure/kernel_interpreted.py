@@ -27,7 +27,6 @@ from triton.runtime.interpreter import InterpreterBuilder as Builder
 
 import dag
 from dag.config import DAGConfig, Scaling
-from dag.scalers import scale_map
 from kernels import cross_attention as kernel
 from kernels.bench import LAYERS, edited, errors, inputs
 from kernels.choice import for_run
@@ -206,14 +205,11 @@ def loop(steps: int) -> tuple[bool, str]:
     """
     cfg = DAGConfig(warmup=0, scaling=Scaling(unsafe=0.05, full=1.1, s_max=0.5))
 
-    def scaler(A: Tensor, scalings: list[Scaling]) -> Tensor:
-        return scale_map(A.float(), scalings)  # the arithmetic of guidance is float32, and these maps may be float64
-
     def draw(choice: str, dtype: torch.dtype) -> list[dag.Step]:
         sd = dag.load(dtype=dtype)
         tokens = dag.GuidelineTokens.from_text(sd, "a red circle", "a blue star")
         tokens = replace(tokens, levels=(0,), lo=(0.0,), hi=(1.0,))
-        guidance = dag.DAG(tokens, base="none", cfg=cfg, scaler=scaler, fused=for_run(choice, sd, [tokens]))
+        guidance = dag.DAG(tokens, base="none", cfg=cfg, fused=for_run(choice, sd, [tokens]))
         return list(dag.sample(sd, ["a red circle"], guidance, steps, seeds=[0]))
 
     fused, plain, exact = draw("fused", torch.float32), draw("plain", torch.float32), draw("plain", torch.float64)
