@@ -1,7 +1,7 @@
 """Detect-and-Guide on Stable Diffusion 1.4, from scratch.
 
 Reading order, from the loop down: sampling, guidance, scalers, cam, tokens, attention. If you know Stable Diffusion,
-stop here. Then ddim, config, unet, vae, text, model. evaluation and cli serve the programs.
+stop after ddim and config. Then unet, vae, text, model. evaluation and cli serve the programs.
 
 Letters, the same in every file: b images or batch rows, h heads, n pixels of one layer, m text tokens, d channels per
 head, K concept rows of guideline tokens, c channels (in cam: a guideline embedding), c_text text width, H x W latent

@@ -119,7 +119,7 @@ class Probe(Hook):
         return out
 
     def read(self, t: int, H: int, W: int) -> Tensor:
-        """A of the last call with conditional rows, (b, concepts, H, W) in [0, 1], for its timestep t and latent grid."""
+        """A of the last call with conditional rows, at its t and latent grid: (b, concepts, H, W) in [0, 1]."""
         maps = combine([self.maps[layer] for layer in self.dk], [layer.factor for layer in self.dk], H, W)
         own = maps.split([len(one.embedding) - 1 for one in self.tokens], dim=1)  # (b, K, H, W) per concept
         return torch.stack([detect_rows(one, a, t) for one, a in zip(self.tokens, own, strict=True)], 1).float()

@@ -103,10 +103,9 @@ class GuidelineTokens:
             reading = Reading(fields.pop("factors", ()), fields.pop("heads", "mean"))
             tokens = cls(embedding, reading=reading, **fields)
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
-            rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and tokens.reduce in ("mean", "min")
-            rising &= tokens.min_area is None or 0 <= tokens.min_area <= 1
-            known = reading.layers and reading.heads in ("mean", "max")
-            if not (embedding.isfinite().all() and limits.isfinite().all() and rising and known):
+            rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and limits.isfinite().all()
+            known = tokens.reduce in ("mean", "min") and reading.layers and reading.heads in ("mean", "max")
+            if not (embedding.isfinite().all() and rising and known and 0 <= (tokens.min_area or 0) <= 1):
                 raise TokenError(f"{path}: damaged, its values are not finite, known or in order; make it anew")
             return tokens
         except TokenError:
@@ -118,17 +117,13 @@ class GuidelineTokens:
         """Raises TokenError when the tokens cannot be read by this model; returns a warning when they are another's."""
         width = sd.config.unet.context_dim
         if self.embedding.shape[1] != width:
-            raise TokenError(
-                f"tokens of '{self.concept}' are {self.embedding.shape[1]} wide, {sd.config.name} needs {width}: "
-                "train tokens for this model with train_tokens.py"
-            )
+            found = f"are {self.embedding.shape[1]} wide, {sd.config.name} needs {width}"
+            raise TokenError(f"tokens of '{self.concept}' {found}: train tokens for this model with train_tokens.py")
         has = {key for layer in sd.unet.cross_attention() for key in (layer.factor, layer.name)}
         if missing := [key for key in self.reading.layers if key not in has]:
             factors = sorted(key for key in has if isinstance(key, int))
-            raise TokenError(
-                f"tokens of '{self.concept}' read layer {missing[0]}, which {sd.config.name} does not have; expected "
-                f"a factor of {factors} or a layer's name"
-            )
+            found = f"read layer {missing[0]}, which {sd.config.name} does not have"
+            raise TokenError(f"tokens of '{self.concept}' {found}; expected a factor of {factors} or a layer's name")
         if self.fingerprint != fingerprint(sd):
             return f"tokens of '{self.concept}' were trained on another model; detection may be off"
         return None

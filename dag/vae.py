@@ -72,7 +72,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2h, 2w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2 height, 2 width)
 
 
 def _middle(channels: int, cfg: VAEConfig) -> nn.Module:
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
             for block in level.block:
                 x = block(x)
             if hasattr(level, "upsample"):
-                x = level.upsample(x)  # (b, c, 2h, 2w), three times: 2H, 4H, 8H
+                x = level.upsample(x)  # (b, c, 2 height, 2 width), three times: 2H, 4H, 8H
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))  # (b, 3, 8H, 8W)
 
 
