@@ -234,17 +234,20 @@ def test_interrupted(tmp_path, capsys, monkeypatch):
     """Ctrl-C in the second batch: the first one's pictures and report stay."""
     from dag import sampling
 
-    real, calls = sampling.sample, []
+    real, sizes = sampling.sample, []
 
-    def interrupted(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
+    def interrupted(sd, prompts, *rest, **more):
+        sizes.append(len(prompts))
+        if len(sizes) == 2:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return real(sd, prompts, *rest, **more)
 
     monkeypatch.setattr(sampling, "sample", interrupted)
-    argv = ["--prompt", "a red circle", "--n-images", "6", "--steps", "1", "--height", "512", "--width", "512"]
-    assert sample.main([*argv, "--out", str(tmp_path)]) == 130
+    argv = ["--prompt", "a red circle", "--n-images", "6", "--steps", "1", "--out", str(tmp_path)]
+    assert sample.main([*argv, "--batch-size", "4"]) == 130
     assert "4 of 6 pictures were finished" in lines(capsys)[-1]
     assert len(list(tmp_path.glob("00*.png"))) == 4
     assert len(json.loads((tmp_path / "report.json").read_text())["pictures"]) == 4
+    sizes[:] = [0]
+    assert sample.main([*argv, "--height", "512", "--width", "512"]) == 130
+    assert sizes == [0, 4]  # side by side by default: as many as make four of 512 x 512

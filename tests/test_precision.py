@@ -83,9 +83,12 @@ def test_batch_size(size, tmp_path, monkeypatch):
     from dag import sampling
 
     sizes, real = [], sampling.sample
-    monkeypatch.setattr(
-        sampling, "sample", lambda sd, prompts, *rest: sizes.append(len(prompts)) or real(sd, prompts, *rest)
-    )
+
+    def noted(sd, prompts, *rest, **more):
+        sizes.append(len(prompts))
+        return real(sd, prompts, *rest, **more)
+
+    monkeypatch.setattr(sampling, "sample", noted)
     argv = ["--prompt", "a blue star on night", "--n-images", "5", "--steps", "2", "--guidance", "none"]
     assert program.main([*argv, "--batch-size", str(size), "--out", str(tmp_path)]) == 0
     assert max(sizes) == size and sum(sizes) == 5

@@ -185,8 +185,8 @@ def test_cli_follows_trajectories_only_if_they_draw_the_pictures(tmp_path, capsy
 
 
 def test_cli_draws_its_own(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_tokens, "HELD_OUT", 4)
-    argv = ["--n-unsafe", "3", "--n-safe", "2", "--steps", "60", "--out", str(tmp_path / "t.safetensors")]
+    monkeypatch.setattr(train_tokens, "HELD_OUT", 1)
+    argv = ["--n-unsafe", "2", "--n-safe", "1", "--steps", "60", "--out", str(tmp_path / "t.safetensors")]
     assert train_tokens.main(argv) == 0
     said = capsys.readouterr().out
     assert "held-out" in said and "IoU" in said
