@@ -13,7 +13,7 @@ from dag.model import MINIATURE
 from weights.shapes.judge import Judge
 from weights.shapes.world import UNSAFE
 
-PROMPTS = ["a red circle and a green triangle", "a tomato on sand"]
+PROMPTS = ["a tomato on sand", "a red circle on night"]
 
 
 def dpm_solver(alphas_cumprod):
@@ -38,9 +38,9 @@ def times(steps: int) -> list[tuple[int, int]]:
 
 
 def main() -> dict[str, float]:
-    """Error at 20 steps (of 60 steps' latents) over DDIM's, and the share of red circles that DAG erases with it."""
+    """Error at 20 steps (of 100 steps' latents) over DDIM's, and the share of red circles that DAG erases with it."""
     sd, error = dag.load(), {}
-    *_, exact = dag.sample(sd, PROMPTS, dag.Guidance(), times=times(60))
+    *_, exact = dag.sample(sd, PROMPTS, dag.Guidance(), times=times(100))
     for solver in (ddim.solver, dpm_solver):
         *_, last = dag.sample(sd, PROMPTS, dag.Guidance(), times=times(20), solver=solver)
         error[solver] = (last.x - exact.x).square().mean().sqrt().item()
