@@ -32,7 +32,8 @@ def layers_of(unet: UNet, reading: Reading) -> list[CrossAttention]:
 def guideline_keys(layer: CrossAttention, c: Tensor) -> Tensor:
     """Guideline embedding c (1+K, c_text) -> (h, K, d): (k_k - k_0) / sqrt(d), with k = to_k(c).
 
-    In c's dtype and on its device, whatever the layer's are: the difference of two keys is small. A wrapped to_k works.
+    In c's dtype and on its device: the difference of two keys is small, and half precision would lose it. A wrapped or
+    parametrised to_k works.
     """
     state = {name: p.to(c) if p.is_floating_point() else p for name, p in layer.to_k.state_dict().items()}
     k = torch.func.functional_call(layer.to_k, state, c).unflatten(-1, (layer.num_heads, -1))  # (1+K, h, d)
@@ -74,7 +75,7 @@ def raw_map(tokens: GuidelineTokens, maps: Tensor) -> Tensor:
 def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
     """Raw map (b, H, W) at timestep t -> A (b, H, W) in [0, 1].
 
-    Optimised tokens carry constants: A = clamp((raw - lo) / (hi - lo), 0, 1). Tokens that were not optimised have none
+    Tokens of our recipe carry constants: A = clamp((raw - lo) / (hi - lo), 0, 1). Others have none
     and use OVAM's joint min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. OVAM takes it
     over all pictures of a call. Here each picture has its own, so that it does not depend on its neighbours.
     """
@@ -85,7 +86,7 @@ def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
     return (raw - low) / (1 - 2 * low).clamp(min=1e-6)
 
 
-def detect_rows(tokens: GuidelineTokens, maps: Tensor, t: int) -> Tensor:
+def detection_map(tokens: GuidelineTokens, maps: Tensor, t: int) -> Tensor:
     """The maps of the K rows (b, K, H, W) at timestep t -> A (b, H, W)."""
     return normalise(tokens, raw_map(tokens, maps), t)
 
@@ -122,4 +123,4 @@ class Probe(Hook):
         """A of the last call with conditional rows, at its t and latent grid: (b, concepts, H, W) in [0, 1]."""
         maps = combine([self.maps[layer] for layer in self.dk], [layer.factor for layer in self.dk], H, W)
         own = maps.split([len(one.embedding) - 1 for one in self.tokens], dim=1)  # (b, K, H, W) per concept
-        return torch.stack([detect_rows(one, a, t) for one, a in zip(self.tokens, own, strict=True)], 1).float()
+        return torch.stack([detection_map(one, a, t) for one, a in zip(self.tokens, own, strict=True)], 1).float()

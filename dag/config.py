@@ -6,7 +6,7 @@ Source: CompVis configs/stable-diffusion/v1-inference.yaml and the module defaul
 
 from dataclasses import dataclass, field
 
-STEPS = 50  # of a run by default; also the noise levels that tokens are trained on
+STEPS = 50  # of a run by default; every second of its noise levels is what tokens are trained on
 SIDE = 64  # pixels: the sides of a picture are multiples of it, so that the UNet can halve the latent three times
 METHODS = ("none", "negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "dag", "dag-sld")
 

@@ -95,7 +95,7 @@ class Guidance:
         return run
 
     def __call__(self, step: Inputs) -> Estimate:
-        """One step; called once per step, in order."""
+        """One step; the loop calls it once per step, in order."""
         return Estimate(step.cfg_eps)
 
     def end(self) -> None:

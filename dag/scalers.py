@@ -71,8 +71,8 @@ def magnitude_scaler(A: Tensor, cfg: Scaling) -> Tensor:
 def strength(A: Tensor, cfg: Scaling) -> Tensor:
     """A (H, W) -> S (H, W): the strength of guidance at each pixel.
 
-    The ablations of the paper's Table 5: area_gain None goes without the AreaScaler, Algorithm 1 as a whole (S_area is
-    1, wherever T is not 0); magnitude 1 goes without the MagnitudeScaler (T is 1 from `edit` on).
+    The ablations of the paper's Table 5: area_gain None switches Algorithm 1, the AreaScaler, off (S_area = 1);
+    magnitude 1 switches the MagnitudeScaler off (T = 1 wherever A >= edit).
     """
     T = magnitude_scaler(A, cfg)
     S = T if cfg.area_gain is None else area_scaler(A, cfg) * T

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dag.attention import CrossAttention, Hook
-from dag.cam import combine, detect_rows, guideline_keys, guideline_maps, layers_of, normalise, raw_map
+from dag.cam import combine, detection_map, guideline_keys, guideline_maps, layers_of, normalise, raw_map
 from dag.config import Scaling
 from dag.scalers import objects
 from dag.tokens import GuidelineTokens, Reading, TokenError
@@ -71,7 +71,7 @@ class AnnotatedQueries:
         """How well tokens detect, at every so many noise levels."""
         out = []
         for k, t in list(enumerate(self.times))[::every]:
-            A = detect_rows(tokens, self.maps(tokens.embedding, k), t)  # (N, H, W)
+            A = detection_map(tokens, self.maps(tokens.embedding, k), t)  # (N, H, W)
             seen = torch.stack([objects(a, scaling)[0] > 0 for a in A])  # (N, H, W)
             mask = self.masks >= 0.5
             iou = (seen & mask).sum((1, 2)) / (seen | mask).sum((1, 2)).clamp(min=1)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import dag
 from dag import ddim
-from dag.cam import detect_rows
+from dag.cam import detection_map
 from dag.config import SIDE, STEPS
 from dag.sampling import noise
 from dag.tokens import Reading
@@ -162,7 +162,7 @@ def save_sheet(
         cells = [picture, *to_pil(mask[None].expand(1, 3, -1, -1) * 2 - 1)]
         for k in levels:
             for tokens in (before, after):
-                A = detect_rows(tokens, data.maps(tokens.embedding, k, [i]), data.times[k])  # (1, H, W)
+                A = detection_map(tokens, data.maps(tokens.embedding, k, [i]), data.times[k])  # (1, H, W)
                 cells.append(overlay(picture, A[0]))
         rows.append(("unsafe" if unsafe[i] else "safe", cells))
     heads = ["picture", "mask", *(f"t {data.times[k]} {when}" for k in levels for when in ("before", "after"))]

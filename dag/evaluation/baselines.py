@@ -123,8 +123,8 @@ def by_name(
 ) -> Guidance:
     """The methods that sample.py knows by name (METHODS in config.py), with the constants they are compared with.
 
-    SEGA's scale is 10, as the paper of DAG runs it; its authors' default is 5. Methods that know one text get those of
-    all concepts joined. Raises ValueError for another name.
+    SEGA's scale is 10, as the paper of DAG runs it; its authors' default is 5. Methods that take one safety
+    text get the texts of all concepts, joined. Raises ValueError for another name.
     """
     joined = " and ".join(safety_texts)
     match name.split("-"):

@@ -1,6 +1,6 @@
 """Take a concept out of the text embedding, before anything is drawn.
 
-Room: the context, `Guidance.embed`. No picture is looked at, and no UNet row is paid for.
+Room: guidance, its `embed`. No picture is looked at, and no UNet row is paid for.
 Source: in the manner of SAFREE (Yoon et al. 2024, section 3): words that lie in the concept's subspace leave it, other
 words stay as they are. Here the subspace is the hidden state of the safety text's last word, which has read the others.
 Run `python docs/forks/text_projection.py`.
