@@ -75,9 +75,9 @@ def raw_map(tokens: GuidelineTokens, maps: Tensor) -> Tensor:
 def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
     """Raw map (b, H, W) at timestep t -> A (b, H, W) in [0, 1].
 
-    Tokens of our recipe carry constants: A = clamp((raw - lo) / (hi - lo), 0, 1). Others have none
-    and use OVAM's joint min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. OVAM takes it
-    over all pictures of a call. Here each picture has its own, so that it does not depend on its neighbours.
+    Tokens of our recipe carry constants: A = clamp((raw - lo) / (hi - lo), 0, 1). Others have none and use OVAM's joint
+    min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. OVAM takes it over all pictures of a
+    call. Here each picture has its own, so that it does not depend on its neighbours.
     """
     if tokens.levels:
         lo, hi = tokens.limits(t)
