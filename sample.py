@@ -39,7 +39,7 @@ def parser() -> Parser:
     for name in ("--height", "--width"):
         add(name, type=side, help=f"pixels, a multiple of {SIDE} (default: {SD14.size}, miniature {SHAPES.size})")
     choices = ("auto", "plain", "fused")
-    implementations = "maps by PyTorch (plain) or the Triton kernel (fused); auto is plain for now (default: auto)"
+    implementations = "maps by PyTorch (plain) or the Triton kernel (fused); auto: what a trial on the GPU favours"
     add("--attention", choices=choices, default="auto", help=implementations)
     columns = f"a column for each: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)"
     add("--guidance", type=methods, metavar="LIST", help=columns)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.safety_text is not None:
         concepts = [replace(c, safety_text=args.safety_text) for c in concepts]
     safety_texts = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
-    fused = setup.attention(args.attention, sd, concepts)
+    fused, attention = setup.attention(args.attention, sd, concepts)
     blind = [WithoutMaps(sd.unet, concepts, fused)] if fused and concepts else []
     guidances = {name: by_name(name, safety_texts, concepts, fused) for name in names}
     for name, guidance in guidances.items():
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "model": str(args.ckpt or cfg.name), "origin": sd.origin, "steps": args.steps, "scale": scale,
         "height": size[0], "width": size[1], "seed": args.seed, "n_images": args.n_images,
-        "device": device, "dtype": dtype, "attention": args.attention, "guidance": names,
+        "device": device, "dtype": dtype, "attention": attention, "guidance": names,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
         "safety_texts": [] if names == ["none"] else safety_texts,
     }  # fmt: skip
@@ -211,7 +211,7 @@ def detect(args: argparse.Namespace) -> int:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     rows, concepts = [], []
     for c, file in tokens:
-        fused = setup.attention(args.attention, sd, [c])
+        fused, _ = setup.attention(args.attention, sd, [c])
         maps = dag.detect(sd, c, from_pil(picture), LEVELS, args.seed, fused).cpu()  # (levels, H, W)
         scaling = c.adapt(sd.config.dag.scaling)
         sizes = torch.tensor([objects(A, scaling)[1].sum().item() for A in maps])  # (levels,)
