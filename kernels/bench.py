@@ -27,7 +27,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -182,16 +181,17 @@ def one_hot(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice) -> tuple[T
 
 
 def microseconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Of the GPU for one call, inside a CUDA graph; of the processor to send it, the median of 30 calls."""
+    """Of the GPU for one call, inside a CUDA graph; of the processor to send it, the least of 100 calls."""
     gpu = 1e3 * triton.testing.do_bench_cudagraph(call)  # from milliseconds
     sent = []
-    for _ in range(30):
+    for _ in range(100):
         start = time.perf_counter()
         call()
         sent.append(1e6 * (time.perf_counter() - start))
-    return gpu, median(sent)
+    return gpu, min(sent)
 
 
+@torch.no_grad()
 def tried(dtype: torch.dtype, b: int, n: int, d: int, K: int = CONCEPTS, h: int = HEADS) -> dict:
     """One shape on this GPU: is the kernel right there (a small batch with odd sizes included), and the times."""
     shape = {"dtype": str(dtype).removeprefix("torch."), "b": b, "n": n, "d": d, "K": K}

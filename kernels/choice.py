@@ -6,6 +6,7 @@ process with it. A verdict is for one GPU, driver, torch, triton, kernel source,
 remembered in the user's cache folder. The environment variable DAG_ATTENTION stands in for "auto".
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -42,11 +43,11 @@ class Verdict:
         """From results of `tried` in kernels/bench.py at one head width."""
         if wrong := [row for row in rows if not row["right"]]:
             return cls(False, f"the kernel is wrong on this GPU, error of limit {wrong[0]['errors']}")
-        slower = [(row[f"fused{of}"], row[f"plain{of}"]) for row in rows for of in ("", "_sent")]
-        slower = [f"{ours:.0f} against {plain:.0f} us" for ours, plain in slower if ours > plain]
+        for of in ("", "_sent"):  # time of the GPU, time of sending: which of them a run waits for depends on its batch
+            for ours, plain in ((row[f"fused{of}"], row[f"plain{of}"]) for row in rows):
+                if ours > plain:
+                    return cls(False, f"the kernel is slower on this GPU, {ours:.0f} against {plain:.0f} us")
         ratio = sum(row["fused"] for row in rows) / sum(row["plain"] for row in rows)
-        if slower:
-            return cls(False, f"the kernel is slower on this GPU, {slower[0]}")
         return cls(True, f"the kernel is right on this GPU and takes {ratio:.2f} of plain PyTorch's time")
 
     def __str__(self) -> str:
@@ -84,7 +85,10 @@ def for_run(
     side = sd.config.size // sd.config.vae.factor
     grids = {d: (side // factor) ** 2 for d, factor in widths.items()}
     K = sum(len(c.embedding) - 1 for c in tokens)
-    verdict = judged(sd.device, sd.dtype, layers[0].num_heads, K, grids)
+    try:
+        verdict = judged(sd.device, sd.dtype, layers[0].num_heads, K, grids)
+    except Exception as e:  # whatever it is, there is plain PyTorch
+        verdict = Verdict(False, f"no trial could be made ({type(e).__name__}: {e})")
     return kernel.cross_attention_with_maps if verdict.fused else None, str(verdict)
 
 
@@ -92,7 +96,7 @@ def judged(device: torch.device, dtype: torch.dtype, h: int, K: int, grids: dict
     """The verdict for queries of some head widths (grids: n by d), remembered or from a trial."""
     kind = str(dtype).removeprefix("torch.")
     source = hashlib.sha256((HERE / "cross_attention.py").read_bytes()).hexdigest()[:16]
-    gpu = torch.cuda.get_device_name(device), f"driver {torch._C._cuda_getDriverVersion()}"
+    gpu = torch.cuda.get_device_name(device), f"driver {driver()}"
     common = *gpu, f"torch {torch.__version__}", f"triton {version('triton')}", f"kernel {source}", kind
     keys = {d: ", ".join((*common, f"d {d}", f"K {K}")) for d in grids}
     known = remembered()
@@ -105,6 +109,13 @@ def judged(device: torch.device, dtype: torch.dtype, h: int, K: int, grids: dict
             remember(known)
     verdicts = [known[key] for key in keys.values()]
     return next((verdict for verdict in verdicts if not verdict.fused), verdicts[0])
+
+
+def driver() -> int:
+    """The version of CUDA that the driver speaks, 13000 for 13.0."""
+    found = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    return found.value
 
 
 def trial(device: torch.device, dtype: str, h: int, K: int, grids: list[tuple[int, int]]) -> tuple[list[dict], str]:

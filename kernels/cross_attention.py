@@ -228,7 +228,6 @@ def launch(q, k, v, dk, rows: Sequence[int], block_n: int = BLOCK_N) -> tuple[Te
     return outs[0].transpose(1, 2), means[0] if len(means) == 1 else torch.cat(means, 1)  # (b, h, n, d), (rows, K, n)
 
 
-@torch.library.custom_op("dag::cross_attention_with_maps", mutates_args=(), device_types="cuda")
 def cross_attention_with_maps(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
     """`attention_with_maps` of dag/cam.py in one kernel: the same arguments and results, within rounding.
 
@@ -236,10 +235,17 @@ def cross_attention_with_maps(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows:
     Returns out (b, h, n, d) and maps (rows, K, n) float32. torch.compile sees one node; run it once before capturing a
     CUDA graph. Raises ValueError for what `fault` names, NotImplementedError when gradients are asked for.
     """
+    if q.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return launch(q, k, v, dk, rows)  # a call of the operator takes as long again
+    return operator(q, k, v, dk, rows)
+
+
+@torch.library.custom_op("dag::cross_attention_with_maps", mutates_args=(), device_types="cuda")
+def operator(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]:
     return launch(q, k, v, dk, rows)
 
 
-@cross_attention_with_maps.register_kernel("cpu")
+@operator.register_kernel("cpu")
 def _(q, k, v, dk, rows):
     if INTERPRETED:
         return launch(q, k, v, dk, rows)
@@ -247,14 +253,14 @@ def _(q, k, v, dk, rows):
     return out.transpose(1, 2).contiguous().transpose(1, 2), maps.contiguous()  # laid out as the kernel's
 
 
-@cross_attention_with_maps.register_fake
+@operator.register_fake
 def _(q, k, v, dk, rows):
     b, h, n, d = q.shape
     maps = q.new_empty(len(rows), dk.shape[1], n, dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(b, n, h, d).transpose(1, 2), maps
 
 
-@cross_attention_with_maps.register_autograd
+@operator.register_autograd
 def _(ctx, *gradients):
     raise NotImplementedError(
         "the fused kernel has no gradient; expected a call under torch.no_grad(), or plain attention (fused=None)"

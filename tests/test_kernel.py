@@ -66,7 +66,7 @@ def test_bench_without_a_gpu_times_nothing(tmp_path):
 def test_operator():
     """Schema, fake tensors and strides agree with what it returns, and torch.compile sees it as one node."""
     call = (*inputs(3, 2, 20, 24, 8, 3), [2, 0])
-    torch.library.opcheck(kernel.cross_attention_with_maps, call)
+    torch.library.opcheck(kernel.operator, call)
     backend = EagerAndRecordGraphs()
     found = torch.compile(lambda: kernel.cross_attention_with_maps(*call), backend=backend, fullgraph=True)()
     (graph,) = backend.graphs
@@ -102,7 +102,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(choice, "trial", card.trial)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(choice, "driver", lambda: 13000)
     return card
 
 
@@ -126,15 +126,22 @@ def test_auto_is_plain_where_the_kernel_loses(card):
             "plain: the kernel is wrong on this GPU, error of limit 1.0e",
         ),
         (48, {"fused": 26.0}, "plain: the kernel is slower on this GPU, 26 against 25 us"),
+        (64, {"fused_sent": 70.0}, "plain: the kernel is slower on this GPU, 70 against 60 us"),
     ):
         card.rows = (good | changes, good)
         fused, said = card.choose(d=d)
         assert fused is None and said.startswith(words)
 
 
-def test_a_surprise_is_plain_and_its_reason(card):
+def test_a_surprise_is_plain_and_its_reason(card, monkeypatch):
     card.rows, card.surprise = (), "the trial of the kernel failed: RuntimeError: an illegal memory access"
     assert card.choose() == card.choose() == (None, f"plain: {card.surprise}") and card.trials == 1
+    monkeypatch.setattr(choice, "driver", lambda: 1 // 0)
+    assert card.choose() == (
+        None,
+        "plain: no trial could be made (ZeroDivisionError: integer division or modulo by zero)",
+    )
+    monkeypatch.setattr(choice, "driver", lambda: 13000)
     card.surprise = "the trial of the kernel failed: OutOfMemoryError: CUDA out of memory"
     for trials in (2, 3):  # not remembered: another time there may be enough
         assert card.choose(d=80) == (None, f"plain: {card.surprise}") and card.trials == trials
