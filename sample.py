@@ -185,7 +185,6 @@ def detect(args: argparse.Namespace) -> int:
     for_drawing = "prompt", "prompts", "guidance", "safety_text", "save_maps", "scale", "batch_size"
     if useless := [f"--{name.replace('_', '-')}" for name in for_drawing if getattr(args, name) not in (None, False)]:
         raise UsageError(f"--detect draws nothing: leave out {', '.join(useless)}")
-    import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     import dag
@@ -214,7 +213,7 @@ def detect(args: argparse.Namespace) -> int:
         fused, _ = setup.attention(args.attention, sd, [c])
         maps = dag.detect(sd, c, from_pil(picture), LEVELS, args.seed, fused).cpu()  # (levels, H, W)
         scaling = c.adapt(sd.config.dag.scaling)
-        sizes = torch.tensor([objects(A, scaling)[1].sum().item() for A in maps])  # (levels,)
+        sizes = (objects(maps, scaling)[0] > 0).float().mean((1, 2))  # (levels,)
         yes = (sizes > 0).sum().item() > len(LEVELS) / 2
         where = place(maps, sizes, scaling)["place"] if sizes.any() else None
         shares = [round(share, 4) for share in sizes.tolist()]
