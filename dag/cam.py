@@ -109,7 +109,7 @@ class Probe(Hook):
             }  # (h, sum of K, d) each
         if fused is None:  # `guideline_maps` computes in float32, and would ask for these at every step
             self.dk = {layer: dk.to(torch.promote_types(dk.dtype, torch.float32)) for layer, dk in self.dk.items()}
-        self.maps: dict[CrossAttention, Tensor] = {}  # (b, sum of K, n) each
+        self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.dk)  # become (b, sum of K, n) each
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         if layer not in self.dk or self.call.cond == NO_ROWS:

@@ -1,14 +1,16 @@
 """What both programs do before they start: open the model and its tokens, check texts and the output folder."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import dag
+from dag.attention import Hook
 from dag.cam import AttentionWithMaps
 from dag.model import MINIATURE
 from dag.text import Text, clean
@@ -78,6 +80,23 @@ def attention(
         return fused, said
     except ValueError as e:
         raise UsageError(f"--attention {choice}: {e}") from e
+
+
+def compile_unet(sd: dag.StableDiffusion) -> None:
+    """Have torch.compile make one graph of the UNet, on its first call of each kind; only the batch may vary.
+
+    The kinds are the estimates of a step with maps, those without, and safety estimates, of one image or of several;
+    the first change of the batch, often a last smaller one, makes one more. A hook that reads the step or timestep of
+    its `call` would have it compiled again at every step.
+    """
+    compiled = torch.compile(sd.unet.forward, fullgraph=True)
+
+    def forward(x: Tensor, t: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
+        for each in (x, t, context):
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+        return compiled(x, t, context, hooks)
+
+    sd.unet.forward = forward
 
 
 def check_text(sd: dag.StableDiffusion, name: str, text: str) -> None:
