@@ -197,10 +197,9 @@ class Pretended(Counting):
     def refuse_mixing(self, func, name: str, args, given: list[torch.Tensor], here: list[bool]) -> None:
         if all(here) or name in ("copy_", "_to_copy"):
             return
-        allowed = [there or t.ndim == 0 for t, there in zip(given, here, strict=True)]  # a number goes anywhere
-        allowed[0] &= here[0] or not func._schema.is_mutable if hasattr(func, "_schema") else True
-        if name in INDEXING:  # indices on the CPU are copied, those on the device are of no use to the CPU
-            allowed = [here[0]] + ([here[-1] or given[-1].ndim == 0] if "put" in name else [])
-        if not all(allowed):
+        fits = [there or t.ndim == 0 for t, there in zip(given, here, strict=True)]  # a number goes anywhere
+        if name in INDEXING:  # an index on the CPU is handed over; one on the device is of no use to the CPU
+            fits = [here[0], fits[-1] or name == "index"]
+        if not all(fits):
             shapes = ", ".join(f"{tuple(t.shape)} on {t.device}" for t in given)
             raise MixedDevices(f"{place()}: {func} was given {shapes}; expected one device")
