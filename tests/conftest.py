@@ -30,6 +30,12 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Programs take the CPU unless a test names a device: the suite is the same one where there is a GPU."""
+    monkeypatch.setattr("dag.cli.setup.default_device", lambda: "cpu")
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
 

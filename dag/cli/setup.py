@@ -21,9 +21,13 @@ from weights.files import atomic_write
 from .parsing import UsageError, warn
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]:
     """Load what --ckpt, --device and --dtype ask for; returns the model, the device and the dtype's name."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     try:
         torch.zeros(1, device=device)
