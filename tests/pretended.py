@@ -7,21 +7,28 @@
 `Counting` alone does the same accounts on a real device. Neither says anything of kernels, speed or precision.
 """
 
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME, ROOT = "pretended", Path(__file__).resolve().parent.parent
-_setup_privateuseone_for_python_backend(NAME)  # device guards and hooks, which only a backend in C++ would have
 
-FREE = {"_unsafe_view", "detach", "lift_fresh"}  # they move nothing; nor do views and memory that is not filled
+FREE = {"_unsafe_view", "_local_scalar_dense"}  # no operations, nor are views and memory that is not filled
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 SLOW = {"convolution", "addmm", "bmm", "mm"}  # in float16 on a CPU
+
+
+@functools.cache
+def register() -> None:
+    """Give torch the device guard and hooks that only a backend in C++ would have; for the rest of the process."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
 
 
 class MixedDevices(RuntimeError):
@@ -44,8 +51,8 @@ def tensors(x) -> list[torch.Tensor]:
     if isinstance(x, torch.Tensor):
         return [x]
     if isinstance(x, dict):
-        x = x.values()
-    return [t for y in x for t in tensors(y)] if isinstance(x, (list, tuple, type({}.values()))) else []
+        x = list(x.values())
+    return [t for y in x for t in tensors(y)] if isinstance(x, (list, tuple)) else []
 
 
 def mapped(f, x):
@@ -60,8 +67,8 @@ def mapped(f, x):
 class Counting(TorchDispatchMode):
     """Counts what the host sends to a device and what it waits for.
 
-    sent: operations, without views. reads: values that the host asks for, by file and line; that is where it waits for
-    all that was sent before. writes: values that it hands over, such as a list of indices.
+    sent: operations, without views. reads: values that the host asks for, by file and line; there it waits for all that
+    was sent before. writes: values that it hands over, such as a list of indices; a GPU makes it wait there too.
     """
 
     def __init__(self, device: str):
@@ -91,15 +98,12 @@ class Counting(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name in ("_to_copy", "copy_"):
             source = given[-1]
-            if self.here(source) and not self.here(made[0]):
-                self.reads[place()] += 1
-                return
-            if not self.here(source):  # a number is handed over with the operation
-                self.writes[place()] += source.ndim > 0
+            if self.here(source) != self.here(made[0]):
+                (self.reads if self.here(source) else self.writes)[place()] += 1
                 return
         if waits(func, name, args):
             self.reads[place()] += 1
-        self.sent += not (func.is_view or name in FREE or "empty" in name or name == "_local_scalar_dense")
+        self.sent += not (func.is_view or name in FREE or "empty" in name)
 
 
 def waits(func, name: str, args) -> bool:
@@ -151,6 +155,7 @@ class Pretended(Counting):
     """Runs on the CPU what is asked of the device, if a real one would."""
 
     def __init__(self):
+        register()
         super().__init__(NAME)
 
     def __enter__(self):
@@ -198,6 +203,8 @@ class Pretended(Counting):
         if all(here) or name in ("copy_", "_to_copy"):
             return
         fits = [there or t.ndim == 0 for t, there in zip(given, here, strict=True)]  # a number goes anywhere
+        if name.endswith("_"):  # but cannot be changed there
+            fits[0] = here[0]
         if name in INDEXING:  # an index on the CPU is handed over; one on the device is of no use to the CPU
             fits = [here[0], fits[-1] or name == "index"]
         if not all(fits):

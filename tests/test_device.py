@@ -11,17 +11,18 @@ from PIL import Image
 import dag
 import sample
 import train_tokens
-from dag import DAG, GuidelineTokens, sampling
+from dag import DAG, Guidance, GuidelineTokens, sampling
 from dag.cli import annotations
 from dag.config import METHODS
 from dag.evaluation.baselines import by_name
 from tests.conftest import TOKENS
-from tests.pretended import Counting, MixedDevices, Pretended
+from tests.pretended import AVAILABLE, Counting, MixedDevices, Pretended
 from tests.test_tokens import folder
 from weights.shapes import world
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "pretended"
+pytestmark = pytest.mark.skipif(not (CUDA or AVAILABLE), reason="a pretended device needs torch 2.10")
 FILES = [TOKENS / f"{name}.safetensors" for name in ("red-circle", "blue-star")]
 
 
@@ -113,28 +114,35 @@ def test_token_training(tmp_path, monkeypatch):
     assert GuidelineTokens.load(out).loss > 0
 
 
+def counted(b: int, count: int, find: bool, device: Counting) -> tuple[int, int]:
+    """The most that is sent and that is read in a step of b pictures with so many concepts, 0: plain guidance."""
+    sd = model(torch.float32)
+    scaling = replace(sd.config.dag.scaling, min_area=0.0 if find else 1.0)  # else: what is there is too small
+    method = DAG(*concepts(count), cfg=replace(sd.config.dag, scaling=scaling)) if count else Guidance()
+    found, loop = [], dag.sample(sd, ["a red circle on grey"] * b, method, 3)
+    next(loop)  # prepares
+    for _ in range(2):
+        device.reset()
+        assert next(loop).guided.all() == find
+        found.append((device.sent, device.reads.total()))
+    return max(sent for sent, _ in found), max(reads for _, reads in found)
+
+
 CASES = [(b, count) for b in (1, 3) for count in (1, 2)]  # pictures and concepts
 
 
-def reads(b: int, count: int, find: bool, device: Counting) -> int:
-    """The most that the host reads in one of two steps, after a first one that prepares."""
-    sd = model(torch.float32)
-    scaling = replace(sd.config.dag.scaling, min_area=0.0 if find else 1.0)  # else: what is there is too small
-    method = DAG(*concepts(count), cfg=replace(sd.config.dag, scaling=scaling))
-    most, loop = 0, dag.sample(sd, ["a red circle on grey"] * b, method, 3)
-    next(loop)
-    for _ in range(2):
-        device.reset()
-        step = next(loop)
-        most = max(most, device.reads.total())
-        assert step.guided.all() if find else not step.guided.any()
-    return most
-
-
+@pytest.mark.xfail(strict=True, reason="the scalers go picture by picture")
 def test_reads(device):
     """The host waits for the device at most twice a step, whatever the batch, the concepts and what is found."""
-    counted = {(*case, find): reads(*case, find, device) for case in CASES for find in (False, True)}
-    assert max(counted.values()) <= 2, counted
+    reads = {(*case, find): counted(*case, find, device)[1] for case in CASES for find in (False, True)}
+    assert max(reads.values()) <= 2, reads
+
+
+@pytest.mark.xfail(strict=True, reason="the scalers go picture by picture")
+def test_operations(device):
+    """A step in which nothing is found sends at most 6 % more than a plain one; the miniature has all of SD 1.4's layers."""
+    plain, looking = (counted(1, count, False, device)[0] for count in (0, 1))
+    assert plain < looking <= 1.06 * plain, (plain, looking)
 
 
 def on_the_cpu(A):

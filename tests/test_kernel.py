@@ -241,7 +241,7 @@ def test_fused_on_the_cpu_is_one_line(tmp_path, capsys):
 
 
 def test_fused_without_triton_is_one_line(tmp_path):
-    argv = ["--attention", "fused", "--out", str(tmp_path)]
+    argv = ["--attention", "fused", "--device", "cpu", "--out", str(tmp_path)]
     script = f"import sys; sys.modules['triton'] = None; import sample; sys.exit(sample.main({argv}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     (line,) = done.stderr.strip().splitlines()
