@@ -140,7 +140,7 @@ def test_reads(device):
 
 @pytest.mark.xfail(strict=True, reason="the scalers go picture by picture")
 def test_operations(device):
-    """A step in which nothing is found sends at most 6 % more than a plain one; the miniature has all of SD 1.4's layers."""
+    """A step in which nothing is found sends at most 6 % more than a plain one. The miniature's layers are SD 1.4's."""
     plain, looking = (counted(1, count, False, device)[0] for count in (0, 1))
     assert plain < looking <= 1.06 * plain, (plain, looking)
 
