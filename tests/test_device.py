@@ -75,7 +75,8 @@ def test_methods(name, b, dtype):
 
 def test_maps_are_written(tmp_path, monkeypatch):
     """The program with two concepts, in two batches of pictures that are not square."""
-    monkeypatch.setattr(dag, "load", lambda *_: model(torch.float16), raising=False)
+    there = model(torch.float16)
+    monkeypatch.setattr(dag, "load", lambda *_: there, raising=False)
     argv = ["--prompt", "a red circle", "--n-images", 4, "--batch-size", 3, "--steps", 2, "--save-maps"]
     for k, one in enumerate(concepts(2)):
         one.save(tmp_path / f"{k}.safetensors")
