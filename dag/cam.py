@@ -63,8 +63,13 @@ def attention_with_maps(
 
 def combine(maps: list[Tensor], factors: list[int], H: int, W: int) -> Tensor:
     """Maps of layers (b, K, n), on grids of H/f x W/f -> mean over layers on the latent grid, (b, K, H, W)."""
-    grids = [a.unflatten(2, (H // f, W // f)) for a, f in zip(maps, factors, strict=True)]  # (b, K, H/f, W/f)
-    return torch.stack([F.interpolate(a, (H, W), mode="bilinear", align_corners=False) for a in grids]).mean(0)
+    found = dict.fromkeys(range(len(maps)))  # in the layers' order, which decides how their sum is rounded
+    for f in set(factors):  # layers with the same grid at once
+        own = [k for k in found if factors[k] == f]
+        grid = torch.cat([maps[k] for k in own]).unflatten(2, (H // f, W // f))  # (layers*b, K, H/f, W/f)
+        large = F.interpolate(grid, (H, W), mode="bilinear", align_corners=False)  # (layers*b, K, H, W)
+        found |= zip(own, large.chunk(len(own)), strict=True)
+    return torch.stack(list(found.values())).mean(0)
 
 
 def raw_map(tokens: GuidelineTokens, maps: Tensor) -> Tensor:
