@@ -1,6 +1,7 @@
 """What both programs do before they start: open the model and its tokens, check texts and the output folder."""
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]
     except Exception as e:  # every backend has its own
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UsageError(f"--device {device}: not available here ({reason}); try --device cpu") from e
-    sd = dag.load(args.ckpt, device, getattr(torch, dtype))
+    with warnings.catch_warnings(record=True) as raised:
+        sd = dag.load(args.ckpt, device, getattr(torch, dtype))
+    for warning in raised:
+        warn(str(warning.message))
     if args.ckpt is not None:
         print(f"{args.ckpt}: {sd.origin}")
     if device == "cpu" and dtype == "float16":
@@ -162,5 +166,6 @@ def writable(folder: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
+    """Write UTF-8. What it has no bytes for, from file names in another encoding, becomes \\udcXX, as JSON has it."""
     with atomic_write(path) as temporary:
-        temporary.write_text(content + "\n", encoding="utf-8")
+        temporary.write_text(content + "\n", encoding="utf-8", errors="backslashreplace")
