@@ -74,6 +74,9 @@ class File(io.FileIO):
         super().__init__(path)
         self.path, self.size, self._opened = path, os.fstat(self.fileno()).st_size, self._state()
 
+    def __del__(self):  # nothing is left to be read
+        self.close()
+
     def _state(self) -> tuple[int, int]:
         found = os.fstat(self.fileno())
         return found.st_size, found.st_mtime_ns
