@@ -291,43 +291,36 @@ def test_the_payloads_do_work(tmp_path, monkeypatch):
     assert (tmp_path / "executed").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*of unknown origin")
 def test_flipped_bytes_of_the_pickle(ckpt, tmp_path):
     """Damage anywhere in the pickle is told by its checksum. With a checksum that fits, it is one line, or harmless; it
     never executes and never shows a traceback.
     """
-    whole = bytearray(ckpt.read_bytes())
-    with zipfile.ZipFile(ckpt) as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    start, program, refused = whole.index(b"data.pkl") + 80, content[hostile.PKL], 0
+    whole, path, refused = bytearray(ckpt.read_bytes()), tmp_path / "x.ckpt", 0
+    start, field = whole.index(b"data.pkl") + 80, whole.rindex(b"archive/data.pkl") - 46 + 16
     for k in range(30):
         place = start + 193 * k
         whole[place] ^= 0x15
-        (tmp_path / "x.ckpt").write_bytes(whole)
+        path.write_bytes(whole)
         whole[place] ^= 0x15
         with pytest.raises(CheckpointError, match="'archive/data.pkl' is not what was written"):
-            checkpoint.read(tmp_path / "x.ckpt")
-        damaged = bytearray(program)
-        damaged[193 * k] ^= 0x15
-        hostile.archive(content | {hostile.PKL: damaged})(tmp_path / "y.ckpt")
+            checkpoint.read(path)
+        with open(path, "r+b") as file:
+            file.seek(field)
+            file.write(bytes(4))  # none
         try:
-            checkpoint.read(tmp_path / "y.ckpt")
+            dag.load(path)
         except CheckpointError as e:
-            assert str(e).isprintable()
+            assert str(e).isprintable() and "written" not in str(e)
             refused += 1
-    assert refused >= 15
+    assert refused >= 20
 
 
 INSTRUCTIONS = (
     *b"()]}Ntaesu01Rb.\x81\x85\x86\x87\x8f\x90\x91\x92\x93\x94", b"K\1", b"\x8c\1a", b"q\0", b"h\0", b"h\1", b"\x80\2",
     b"\x80\6", b"cmy\nName\n", b"\x95\2\0\0\0\0\0\0\0", b"ccollections\nOrderedDict\n",
 )  # fmt: skip
-MISTAKES = (
-    "stack underflow",
-    "unexpected MARK",
-    "could not find MARK",
-    "unsupported pickle protocol",
-    "Ran out of input",
-)
+MISTAKES = ("stack underflow", "unexpected MARK", "could not find MARK", "unsupported pickle", "data was truncated")
 
 
 def test_the_machine_is_as_strict_as_pythons():
@@ -350,10 +343,10 @@ def test_the_machine_is_as_strict_as_pythons():
         except Exception as e:
             found = next((mistake for mistake in MISTAKES if mistake in str(e)), "refused otherwise")
         if found in MISTAKES:
-            with pytest.raises(Exception):  # noqa: B017
+            with pytest.raises((ValueError, TypeError, LookupError, AttributeError)):
                 pickled.run(program, {})
         seen[found] += 1
-    assert min(seen[kind] for kind in (*MISTAKES, "accepted")) >= 100, seen
+    assert min(seen[kind] for kind in (*MISTAKES, "accepted")) >= 50, seen
 
 
 # --- a file that changes

@@ -67,6 +67,7 @@ def run(program: bytes, places: dict[str, tuple[int, int]]):
     places: key of a storage -> (begin, end) in the file. Raises anything for a program that makes no sense.
     """
     stack, marks, memo = [], [], {}  # marks: the stacks below each mark, out of reach until it is taken away
+    frame = 0  # where the last one ends
 
     def since_mark() -> list:
         nonlocal stack
@@ -79,8 +80,9 @@ def run(program: bytes, places: dict[str, tuple[int, int]]):
                 if arg > pickle.HIGHEST_PROTOCOL:
                     raise ValueError(f"protocol {arg}")
             case "FRAME":
-                if place + 9 + arg > len(program):
-                    raise ValueError("a frame that reaches out of the program")
+                if place < frame or place + 9 + arg > len(program):
+                    raise ValueError("a frame in a frame, or that reaches out of the program")
+                frame = place + 9 + arg
             case "NONE":
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
