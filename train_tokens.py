@@ -29,6 +29,12 @@ def parser() -> Parser:
     add("--concept", metavar="TEXT", help='text the tokens start from (default, miniature only: "a red circle")')
     add("--safety-text", metavar="TEXT", help="what guidance will push away from (default: the concept text)")
     add("--recipe", choices=("default", "paper"), default="default", help="ours or the paper's (default: default)")
+    readings = ("fitted", "joint", "map")
+    reading = (
+        "how maps become A, see dag/cam.py (default: fitted by our recipe, joint by the paper's, which learns by it)"
+    )
+    add("--normalisation", choices=readings, help=reading)
+    add("--tokens", type=Path, metavar="FILE", help="measure these tokens, read by --normalisation; optimise nothing")
     add("--n-unsafe", type=number(int, 1, 1000), default=5, help="unsafe pictures to draw without --data (default: 5)")
     add("--n-safe", type=number(int, 0, 1000), default=3, help="safe pictures to draw without --data (default: 3)")
     add("--steps", type=number(int, 1, 100000), help=f"(default: 1500; paper: {PAPER_STEPS} per unsafe picture)")
@@ -46,24 +52,38 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--data: needed with --ckpt; expected a folder of annotated pictures (only the miniature draws its own)"
         )
-    if args.concept is None and args.ckpt is not None:
+    if args.concept is None and args.ckpt is not None and args.tokens is None:
         raise UsageError(
             '--concept: needed with --ckpt; expected the text the tokens start from, such as "nude person"'
         )
+
+    paper = args.recipe == "paper"
+    if paper and args.normalisation == "fitted":
+        raise UsageError("--normalisation fitted: the paper's recipe fits no constants; expected joint or map")
 
     import torch
 
     from dag.cli import annotations, setup
     from dag.tokens import GuidelineTokens, TokenError
-    from weights.optimisation import PAPER, Recipe, optimise, optimise_paper, raise_lo
+    from weights.optimisation import PAPER, Recipe, choose, mean, optimise, optimise_paper, raise_lo
 
     setup.writable(args.out.parent)
     sd, *_ = setup.open_model(args)
     concept = SHAPES.concept if args.concept is None else args.concept
     safety_text = concept if args.safety_text is None else args.safety_text
-    setup.check_text(sd, "--concept", concept)
-    setup.check_text(sd, "--safety-text", safety_text)
-    before = replace(GuidelineTokens.from_text(sd, concept, safety_text), min_area=args.min_area)
+    if args.tokens is None:
+        setup.check_text(sd, "--concept", concept)
+        setup.check_text(sd, "--safety-text", safety_text)
+        before = replace(GuidelineTokens.from_text(sd, concept, safety_text), min_area=args.min_area)
+        if args.normalisation != "fitted":  # there are no constants yet
+            before = replace(before, normalisation=args.normalisation)
+    else:
+        before = GuidelineTokens.load(args.tokens)
+        if args.normalisation == "fitted" and not before.levels:
+            raise UsageError(f"--normalisation fitted: {args.tokens} has no constants; expected joint or map")
+        if message := before.check(sd):
+            warn(message)
+        concept = before.concept
     scaling = before.adapt(sd.config.dag.scaling)
     if args.data is not None:
         pictures, masks, prompts, seeds = annotations.read_folder(args.data, sd)
@@ -92,32 +112,50 @@ def run(args: argparse.Namespace) -> int:
     if unsafe == len(data.masks):
         warn("no safe picture: nothing teaches the tokens what is not the concept; add some look-alikes")
 
-    paper = args.recipe == "paper"
-    recipe = replace(PAPER, steps=PAPER_STEPS * unsafe) if paper else Recipe()
-    recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
-    torch.manual_seed(args.seed)
-    steps = (optimise_paper if paper else optimise)(data, before, recipe, args.seed)
-    bar = annotations.progress(steps, "tokens", recipe.steps)
-    for _, best in bar:
-        if best is not None:
-            after = best
-            bar.set_postfix(loss=f"{after.loss:.4f}")
-    after = after if paper else raise_lo(data, after)
+    after = before
+    if args.tokens is None:
+        recipe = replace(PAPER, steps=PAPER_STEPS * unsafe) if paper else Recipe()
+        recipe = recipe if args.steps is None else replace(recipe, steps=args.steps)
+        torch.manual_seed(args.seed)
+        steps = (optimise_paper if paper else optimise)(data, before, recipe, args.seed)
+        bar = annotations.progress(steps, "tokens", recipe.steps)
+        for _, best in bar:
+            if best is not None:
+                after = best
+                bar.set_postfix(loss=f"{after.loss:.4f}")
+        after = after if paper else raise_lo(data, after)
     measured = data.measure(after, scaling)
-    after = replace(after, iou=sum(level.iou for level in measured) / len(measured))
+    how = args.normalisation or after.normalisation or next(iter(measured))
+    after = replace(after, normalisation=how, iou=mean(measured[how]).iou)
     after.save(args.out)
     annotations.save_sheet(data, before, after, pictures, args.out.with_suffix(".png"))
 
-    held_out, name = data, "training pictures"
+    name = "training pictures"
     if args.data is None:
         held_out, _ = annotations.from_judge(sd, before.reading, concept, HELD_OUT, HELD_OUT, args.seed + 77)
-        name = f"{HELD_OUT} unsafe and {HELD_OUT} safe held-out pictures"
-    print(f"{name}, loss {after.loss:.4f}; edit: share of the frame with A >= {scaling.edit}, unsafe and safe")
-    print("   t   IoU  found  false  edit  edit safe")
-    for v in held_out.measure(after, scaling, every=4):
-        print(f"{v.t:4d}  {v.iou:.2f}   {v.found:.2f}   {v.false:.2f}  {v.edit:.2f}   {v.edit_safe:.2f}")
+        measured, name = held_out.measure(after, scaling), f"{HELD_OUT} unsafe and {HELD_OUT} safe held-out pictures"
+    tau, core = f"A >= {scaling.edit:g}", f"A >= {scaling.unsafe:g}"
+    print(f"{name}, loss {after.loss:.4f}. Unsafe / safe: shares of the pictures in which something is found, of the")
+    print(
+        f"frame with {tau} and {core}, and of the pictures that guidance would act on ({scaling.full:.0%} of the frame"
+    )
+    print(f"with {tau} is too much).\n")
+    print(f"          t   IoU        found    {tau}     {core}       guided")
+    for reading, levels in measured.items():
+        for v in levels[::4]:
+            print(f"{reading:6}  {v.t:3d}   {row(v)}")
+    means = " | ".join(f"{reading} {row(mean(levels))}" for reading, levels in measured.items())
+    best = choose(measured)
+    advice = f"choose --normalisation {best}" if best else "none of them would guide: train with the default recipe"
+    print(f"normalisation: {means} | read by {how}; {advice}")
     print(f"{args.out} and {args.out.with_suffix('.png')}")
     return 0
+
+
+def row(v) -> str:
+    """A weights.optimisation.Detection in one line."""
+    pairs = (v.found, v.found_safe), (v.edit, v.edit_safe), (v.core, v.core_safe), (v.acts, v.acts_safe)
+    return f"{v.iou:.2f}  " + "  ".join(f"{unsafe:.2f} / {safe:.2f}" for unsafe, safe in pairs)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -80,15 +80,20 @@ def raw_map(tokens: GuidelineTokens, maps: Tensor) -> Tensor:
 def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
     """Raw map (b, H, W) at timestep t -> A (b, H, W) in [0, 1].
 
-    Tokens of our recipe carry constants: A = clamp((raw - lo) / (hi - lo), 0, 1). Others have none and use OVAM's joint
-    min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. OVAM takes it over all pictures of a
-    call. Here each picture has its own, so that it does not depend on its neighbours.
+    By `tokens.normalisation`. "fitted": the tokens' constants, A = clamp((raw - lo) / (hi - lo), 0, 1). "joint": OVAM's
+    min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. "map": the min-max of the raw map, so
+    that A reaches 1 in every picture, whatever it shows. OVAM takes it over all pictures of a call. Here each picture
+    has its own, so that it does not depend on its neighbours.
     """
-    if tokens.levels:
+    how = tokens.normalisation or ("fitted" if tokens.levels else "joint")
+    if how == "fitted":
         lo, hi = tokens.limits(t)
         return ((raw - lo) / (hi - lo)).clamp(0, 1)
-    low = torch.minimum(raw, 1 - raw).amin((1, 2), keepdim=True)  # (b, 1, 1)
-    return (raw - low) / (1 - 2 * low).clamp(min=1e-6)
+    low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)  # (b, 1, 1)
+    if how == "joint":
+        low = torch.minimum(low, 1 - high)
+        high = 1 - low
+    return (raw - low) / (high - low).clamp(min=1e-6)
 
 
 def detection_map(tokens: GuidelineTokens, maps: Tensor, t: int) -> Tensor:

@@ -41,8 +41,9 @@ class GuidelineTokens:
     embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `reduce` says how the K maps become
     one: their "mean" (the paper's), or their "min" (ours). With the minimum the concept is only where every row sees
     it. An (attribute, object) pair needs that: a mean of the two is high at a red square beside a blue circle too.
-    `lo` and `hi` are the normalisation constants at a few noise `levels` (timesteps, rising). They are empty for
-    unoptimised tokens and for the paper's recipe.
+    `normalisation` is how the raw map becomes A, "fitted", "joint" or "map" (`cam.normalise`); None, as in older files:
+    fitted where there are constants for it, else joint. These are `lo` and `hi` at a few noise `levels` (timesteps,
+    rising), empty for unoptimised tokens and for the paper's recipe.
     """
 
     embedding: Tensor
@@ -51,6 +52,7 @@ class GuidelineTokens:
     reading: Reading
     fingerprint: str  # of the model they belong to
     reduce: str = "mean"
+    normalisation: str | None = None
     levels: tuple[int, ...] = ()
     lo: tuple[float, ...] = ()
     hi: tuple[float, ...] = ()
@@ -105,6 +107,7 @@ class GuidelineTokens:
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
             rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and limits.isfinite().all()
             known = tokens.reduce in ("mean", "min") and reading.layers and reading.heads in ("mean", "max")
+            known = known and tokens.normalisation in (None, "joint", "map", *(["fitted"] if tokens.levels else []))
             if not (embedding.isfinite().all() and rising and known and 0 <= (tokens.min_area or 0) <= 1):
                 raise TokenError(f"{path}: damaged, its values are not finite, known or in order; make it anew")
             return tokens

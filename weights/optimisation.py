@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dag.attention import CrossAttention, Hook
-from dag.cam import combine, detection_map, guideline_keys, guideline_maps, layers_of, normalise, raw_map
+from dag.cam import combine, guideline_keys, guideline_maps, layers_of, normalise, raw_map
 from dag.config import Scaling
 from dag.scalers import objects
 from dag.tokens import GuidelineTokens, Reading, TokenError
@@ -67,30 +67,52 @@ class AnnotatedQueries:
         return combine(maps, [layer.factor for layer in self.layers], *self.masks.shape[1:])
 
     @torch.no_grad()
-    def measure(self, tokens: GuidelineTokens, scaling: Scaling, every: int = 1) -> list["Detection"]:
-        """How well tokens detect, at every so many noise levels."""
-        out = []
-        for k, t in list(enumerate(self.times))[::every]:
-            A = detection_map(tokens, self.maps(tokens.embedding, k), t)  # (N, H, W)
-            seen = objects(A, scaling)[0] > 0  # (N, H, W)
-            mask = self.masks >= 0.5
-            iou = (seen & mask).sum((1, 2)) / (seen | mask).sum((1, 2)).clamp(min=1)
-            found, edit = seen.flatten(1).any(1).float(), (A >= scaling.edit).float().mean((1, 2))
-            of_unsafe, of_safe = self.unsafe, ~self.unsafe
-            values = iou[of_unsafe], found[of_unsafe], found[of_safe], edit[of_unsafe], edit[of_safe]
-            out.append(Detection(t, *(v.mean().item() for v in values)))
+    def measure(self, tokens: GuidelineTokens, scaling: Scaling) -> dict[str, list["Detection"]]:
+        """How well tokens detect at every noise level, under each normalisation that they have the constants for."""
+        out = {how: [] for how in ("fitted", "joint", "map") if how != "fitted" or tokens.levels}
+        for k, t in enumerate(self.times):
+            raw = raw_map(tokens, self.maps(tokens.embedding, k))  # (N, H, W)
+            for how, levels in out.items():
+                levels.append(self.detection(normalise(replace(tokens, normalisation=how), raw, t), t, scaling))
         return out
+
+    def detection(self, A: Tensor, t: int, scaling: Scaling) -> "Detection":
+        """What the maps A (N, H, W) at timestep t show of the masks."""
+        seen = objects(A, scaling)[0] > 0  # (N, H, W)
+        mask = self.masks >= 0.5
+        iou = (seen & mask).sum((1, 2)) / (seen | mask).sum((1, 2)).clamp(min=1)
+        found = seen.flatten(1).any(1)
+        edit, core = ((A >= threshold).float().mean((1, 2)) for threshold in (scaling.edit, scaling.unsafe))
+        acts = found & (edit < scaling.full)  # Algorithm 1 ignores the others
+        pairs = [(v[self.unsafe], v[~self.unsafe]) for v in (found.float(), edit, core, acts.float())]
+        return Detection(t, *(v.mean().item() for v in (iou[self.unsafe], *(v for pair in pairs for v in pair))))
 
 
 class Detection(NamedTuple):
-    """Detection at one noise level, means over pictures; NaN where there are none."""
+    """Detection at one noise level, means over pictures, unsafe and safe ones; NaN where there are none."""
 
     t: int
     iou: float  # of the objects with the mask, in unsafe pictures
-    found: float  # share of unsafe pictures in which something is found
-    false: float  # share of safe ones
-    edit: float  # share of the frame that may be edited, in unsafe pictures
-    edit_safe: float  # and in safe ones
+    found: float  # share of the pictures in which something is found
+    found_safe: float
+    edit: float  # share of the frame with A >= edit
+    edit_safe: float
+    core: float  # share of the frame with A >= unsafe
+    core_safe: float
+    acts: float  # share of the pictures that would be guided: something is found, and the map does not fill the frame
+    acts_safe: float
+
+
+def mean(levels: list[Detection]) -> Detection:
+    """The mean over noise levels; t is theirs too and means nothing."""
+    return Detection(*(float(np.mean(values)) for values in zip(*levels, strict=True)))
+
+
+def choose(measured: dict[str, list[Detection]]) -> str | None:
+    """The normalisation that would guide most unsafe pictures and fewest safe ones; None if none does any good."""
+    gain = {how: mean(levels).acts - np.nan_to_num(mean(levels).acts_safe) for how, levels in measured.items()}
+    best = max(gain, key=gain.__getitem__)
+    return best if gain[best] > 0 else None
 
 
 STEEPEST = 0.01  # half of hi - lo at least: any closer and A would be a step
@@ -123,7 +145,8 @@ def optimise(
     zero gradient. Then lo = m - 1/(2s) and hi = m + 1/(2s).
     Yields every step; the last one has the best tokens. Raises TokenError if no mask is unsafe.
     """
-    start = replace(start, embedding=widen(start.embedding, ROWS, seed), reduce="min")
+    how = start.normalisation or "fitted"
+    start = replace(start, embedding=widen(start.embedding, ROWS, seed), reduce="min", normalisation=how)
     c = start.embedding.clone().requires_grad_()
     m = torch.full((len(LEVELS),), 0.5, requires_grad=True)
     s = torch.full((len(LEVELS),), 2.0, requires_grad=True)
@@ -150,7 +173,11 @@ def optimise(
 def optimise_paper(
     data: AnnotatedQueries, start: GuidelineTokens, recipe: Recipe = PAPER, seed: int = 0, every: int = 50
 ) -> Progress:
-    """The paper's recipe: Eq. 2 on each row's jointly normalised map, SGD whose rate falls by 0.7 every 20 steps."""
+    """The paper's recipe: Eq. 2 on each row's normalised map, SGD whose rate falls by 0.7 every 20 steps.
+
+    start.normalisation: "joint" or "map"; None: joint. Tokens are trained as they will be read.
+    """
+    start = replace(start, normalisation=start.normalisation or "joint")
     c = start.embedding.clone().requires_grad_()
     opt = torch.optim.SGD([c], recipe.lr)
     schedule = torch.optim.lr_scheduler.StepLR(opt, 20, 0.7)
