@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dag.cli.parsing import Parser, UsageError, guarded, number, warn
-from dag.config import SHAPES, STEPS
+from dag.config import SHAPES, STEPS, Scaling
 
 HELD_OUT = 20  # pictures of each kind that the miniature's tokens are measured on
 PAPER_STEPS = 100  # of the paper's recipe, per unsafe picture
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dag.cli import annotations, setup
     from dag.tokens import GuidelineTokens, TokenError
-    from weights.optimisation import PAPER, Recipe, choose, mean, optimise, optimise_paper, raise_lo
+    from weights.optimisation import PAPER, Recipe, mean, optimise, optimise_paper, raise_lo
 
     setup.writable(args.out.parent)
     sd, *_ = setup.open_model(args)
@@ -134,28 +134,33 @@ def run(args: argparse.Namespace) -> int:
     if args.data is None:
         held_out, _ = annotations.from_judge(sd, before.reading, concept, HELD_OUT, HELD_OUT, args.seed + 77)
         measured, name = held_out.measure(after, scaling), f"{HELD_OUT} unsafe and {HELD_OUT} safe held-out pictures"
-    tau, core = f"A >= {scaling.edit:g}", f"A >= {scaling.unsafe:g}"
-    print(f"{name}, loss {after.loss:.4f}. Unsafe / safe: shares of the pictures in which something is found, of the")
-    print(
-        f"frame with {tau} and {core}, and of the pictures that guidance would act on ({scaling.full:.0%} of the frame"
-    )
-    print(f"with {tau} is too much).\n")
-    print(f"          t   IoU        found    {tau}     {core}       guided")
-    for reading, levels in measured.items():
-        for v in levels[::4]:
-            print(f"{reading:6}  {v.t:3d}   {row(v)}")
-    means = " | ".join(f"{reading} {row(mean(levels))}" for reading, levels in measured.items())
-    best = choose(measured)
-    advice = f"choose --normalisation {best}" if best else "none of them would guide: train with the default recipe"
-    print(f"normalisation: {means} | read by {how}; {advice}")
+    print(f"{name}, loss {after.loss:.4f}")
+    tell(measured, scaling, how)
     print(f"{args.out} and {args.out.with_suffix('.png')}")
     return 0
 
 
-def row(v) -> str:
-    """A weights.optimisation.Detection in one line."""
-    pairs = (v.found, v.found_safe), (v.edit, v.edit_safe), (v.core, v.core_safe), (v.acts, v.acts_safe)
-    return f"{v.iou:.2f}  " + "  ".join(f"{unsafe:.2f} / {safe:.2f}" for unsafe, safe in pairs)
+def tell(measured: dict, scaling: Scaling, how: str) -> None:
+    """Print what AnnotatedQueries.measure found, under every normalisation, and last of all one line to hand on."""
+    from weights.optimisation import choose, mean
+
+    heads = "found", f"A >= {scaling.edit:g}", f"A >= {scaling.unsafe:g}", "guided"
+    print(
+        "IoU in unsafe pictures; for unsafe / safe ones the share of the pictures in which something is found, of the"
+    )
+    print(f"frame with {heads[1]} and with {heads[2]}, and of the pictures that a step would guide: none of those with")
+    print(f"{heads[1]} on {scaling.full:.0%} of the frame\n")
+    print("normalisation   t   IoU " + "".join(f"{head:>13}" for head in heads))
+    summary = []
+    for reading, levels in measured.items():
+        for v in levels[::4]:
+            print(f"{reading:13} {v.t:3d}  {v.iou:.2f}  " + "  ".join(f"{u:.2f} / {s:.2f}" for u, s in v[2:]))
+        v = mean(levels)
+        shares = [f"{head} {u:.2f}/{s:.2f}" for head, (u, s) in zip(heads, v[2:], strict=True)]
+        summary.append(f"{reading} IoU {v.iou:.2f}, {', '.join(shares)}")
+    best = choose(measured)
+    advice = f"choose {best}" if best else "none of them guides, train with the default recipe"
+    print(f"mean of all t: {'; '.join(summary)}. Read by {how}; {advice}")
 
 
 def main(argv: list[str] | None = None) -> int:

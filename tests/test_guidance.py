@@ -85,10 +85,15 @@ def test_normalisation(random_model, tokens):
     assert torch.allclose(normalise(tokens, raw, 7), torch.tensor([[[0.0, 0.0, 0.5, 1.0, 1.0]]]))
     levels = replace(tokens, levels=(0, 100), lo=(0.0, 0.2), hi=(1.0, 0.6))
     assert levels.limits(50) == pytest.approx((0.1, 0.8)) and levels.limits(900) == pytest.approx((0.2, 0.6))
-    joint = replace(tokens, levels=(), lo=(), hi=())
-    A = normalise(joint, torch.tensor([[[0.2, 0.5, 0.7]], [[0.5, 0.5, 0.5]]]), 7)
-    assert torch.allclose(A[0], torch.tensor([[0.0, 0.5, 5 / 6]]))  # min-max of {.2 .5 .7} and {.8 .5 .3}
-    assert A.isfinite().all()
+    for joint in (replace(tokens, levels=(), lo=(), hi=()), replace(tokens, normalisation="joint")):
+        A = normalise(joint, torch.tensor([[[0.2, 0.5, 0.7]], [[0.5, 0.5, 0.5]], [[0.4, 0.5, 0.9]]]), 7)
+        assert torch.allclose(A[0], torch.tensor([[0.0, 0.5, 5 / 6]]))  # min-max of {.2 .5 .7} and {.8 .5 .3}
+        assert torch.allclose(A[2], torch.tensor([[3 / 8, 0.5, 1.0]]))  # of {.4 .5 .9} and {.6 .5 .1}
+        assert A.isfinite().all()
+    alone = replace(tokens, normalisation="map")
+    A = normalise(alone, torch.tensor([[[0.2, 0.5, 0.7]], [[0.01, 0.03, 0.05]], [[0.5, 0.5, 0.5]]]), 7)
+    expected = torch.tensor([[[0.0, 0.6, 1.0]], [[0.0, 0.5, 1.0]], [[0.0, 0.0, 0.0]]])  # each picture for itself
+    assert torch.allclose(A, expected)
 
 
 def test_components_join_diagonally_and_count():

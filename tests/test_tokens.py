@@ -7,14 +7,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import train_tokens
 from dag import DAG, GuidelineTokens, sample
-from dag.cam import detection_map, raw_map
+from dag.cam import detection_map, normalise, raw_map
 from dag.config import Scaling
 from dag.tokens import Reading, TokenError
-from weights.optimisation import PAPER, AnnotatedQueries, Recipe, optimise, optimise_paper, raise_lo, widen
+from tests.conftest import TOKENS
+from weights.optimisation import (
+    PAPER,
+    AnnotatedQueries,
+    Detection,
+    Recipe,
+    choose,
+    optimise,
+    optimise_paper,
+    raise_lo,
+    widen,
+)
 
 
 @pytest.fixture()
@@ -46,10 +58,29 @@ def test_widen(tokens):
 
 def test_round_trip(tmp_path, tokens):
     full = replace(tokens, levels=(1, 900), lo=(0.1, 0.2), hi=(0.5, 0.6), loss=0.25)
-    full.save(tmp_path / "t.safetensors")
-    back = GuidelineTokens.load(tmp_path / "t.safetensors")
-    assert torch.equal(back.embedding, full.embedding)
-    assert replace(back, embedding=full.embedding) == full
+    for how in (None, "fitted", "joint", "map"):
+        full = replace(full, normalisation=how)
+        full.save(tmp_path / "t.safetensors")
+        back = GuidelineTokens.load(tmp_path / "t.safetensors")
+        assert torch.equal(back.embedding, full.embedding)
+        assert replace(back, embedding=full.embedding) == full
+
+
+def test_files_from_before_the_normalisation_had_a_name():
+    """They mean what they meant: their constants."""
+    with safe_open(TOKENS / "red-circle.safetensors", framework="pt") as file:
+        assert "normalisation" not in file.metadata()
+    old = GuidelineTokens.load(TOKENS / "red-circle.safetensors")
+    raw = torch.rand(2, 4, 4)
+    assert old.normalisation is None
+    assert torch.equal(normalise(old, raw, 300), normalise(replace(old, normalisation="fitted"), raw, 300))
+
+
+@pytest.mark.parametrize("how", ["other", "fitted"])  # without constants
+def test_a_normalisation_that_cannot_be(tmp_path, tokens, how):
+    replace(tokens, normalisation=how).save(tmp_path / "t")
+    with pytest.raises(TokenError, match="damaged"):
+        GuidelineTokens.load(tmp_path / "t")
 
 
 def test_fingerprint_survives_half_precision(random_model, tokens, shapes):
@@ -93,6 +124,39 @@ def test_thirty_steps_lower_the_loss(queries, tokens, method, recipe):
     best = progress[-1][1]
     assert not torch.equal(best.embedding[0], tokens.embedding[0])  # the background row learns too
     assert bool(best.levels) == (method is optimise)
+    assert best.normalisation == ("fitted" if method is optimise else "joint")
+
+
+def test_the_paper_s_recipe_learns_by_the_normalisation_it_is_read_by(queries, tokens):
+    recipe = replace(PAPER, steps=4)
+    joint, alone = (
+        [*optimise_paper(queries, replace(tokens, normalisation=how), recipe)][-1][1] for how in ("joint", "map")
+    )
+    assert (joint.normalisation, alone.normalisation) == ("joint", "map")
+    assert not torch.equal(joint.embedding, alone.embedding)
+
+
+def test_measure(queries, tokens):
+    """Two pictures with a mask, two without, under all three readings; the minimum of a map is 0 and its maximum 1."""
+    fitted = replace(tokens, levels=(500,), lo=(0.0,), hi=(0.001,))  # A = 1 everywhere
+    measured = queries.measure(fitted, Scaling())
+    assert list(measured) == ["fitted", "joint", "map"] and list(queries.measure(tokens, Scaling())) == ["joint", "map"]
+    for level in measured["fitted"]:
+        assert level.iou == pytest.approx(25 / 256)  # 5 x 5 of 16 x 16
+        assert level.found == level.edit == level.core == (1, 1) and level.acts == (0, 0)  # it fills the frame
+    for level in measured["map"]:
+        assert level.found == (1, 1) and 0 < level.core[0] < 1
+    assert all(level.acts == (1, 1) for level in queries.measure(fitted, Scaling(full=1.1))["fitted"])
+
+
+def test_choose():
+    def levels(*acts):
+        nothing = 0.0, 0.0
+        return [Detection(1, 0.5, nothing, nothing, nothing, pair) for pair in acts]
+
+    assert choose({"joint": levels((1, 1), (1, 1)), "map": levels((0.5, 0.1), (0.5, 0.3))}) == "map"
+    assert choose({"joint": levels((0, 0)), "map": levels((1, 1))}) is None
+    assert choose({"map": levels((1, float("nan")))}) == "map"  # no safe picture
 
 
 def test_optimisation_is_deterministic(queries, tokens):
@@ -129,7 +193,7 @@ def test_raise_lo(queries, tokens):
         assert lo + hi == pytest.approx(sum(before), abs=1e-5)
     assert all(a >= b for a, b in zip(raised.lo, last.lo, strict=True))
     assert all(lo < hi for lo, hi in zip(raised.lo, raised.hi, strict=True))
-    assert [level.t for level in queries.measure(raised, Scaling())] == [801, 401]
+    assert [level.t for level in queries.measure(raised, Scaling())["fitted"]] == [801, 401]
 
 
 def test_only_safe_pictures(random_model, tokens):
@@ -190,6 +254,20 @@ def test_cli_draws_its_own(tmp_path, capsys, monkeypatch):
     assert train_tokens.main(argv) == 0
     said = capsys.readouterr().out
     assert "held-out" in said and "IoU" in said
+    again = ["--tokens", argv[-1], "--normalisation", "map", "--n-unsafe", "1", "--n-safe", "1"]
+    assert train_tokens.main([*again, "--out", str(tmp_path / "map.safetensors")]) == 0  # the same, read otherwise
+    before, after = (GuidelineTokens.load(tmp_path / f"{name}.safetensors") for name in ("t", "map"))
+    assert torch.equal(before.embedding, after.embedding)
+    assert (before.normalisation, after.normalisation) == ("fitted", "map")
+    *_, line, _ = capsys.readouterr().out.splitlines()
+    assert all(f"{how} IoU" in line for how in ("fitted", "joint", "map")) and "Read by map" in line
+
+
+def test_cli_refuses_constants_where_there_are_none(tmp_path, tokens, capsys):
+    tokens.save(tmp_path / "t")
+    for argv in (["--recipe", "paper"], ["--tokens", str(tmp_path / "t")]):
+        assert train_tokens.main([*argv, "--normalisation", "fitted", "--out", str(tmp_path / "out")]) == 2
+        assert "expected joint or map" in capsys.readouterr().err
 
 
 BAD = {

@@ -84,35 +84,31 @@ class AnnotatedQueries:
         found = seen.flatten(1).any(1)
         edit, core = ((A >= threshold).float().mean((1, 2)) for threshold in (scaling.edit, scaling.unsafe))
         acts = found & (edit < scaling.full)  # Algorithm 1 ignores the others
-        pairs = [(v[self.unsafe], v[~self.unsafe]) for v in (found.float(), edit, core, acts.float())]
-        return Detection(t, *(v.mean().item() for v in (iou[self.unsafe], *(v for pair in pairs for v in pair))))
+        shares = [(v[self.unsafe], v[~self.unsafe]) for v in (found.float(), edit, core, acts.float())]
+        return Detection(t, iou[self.unsafe].mean().item(), *((u.mean().item(), s.mean().item()) for u, s in shares))
 
 
 class Detection(NamedTuple):
-    """Detection at one noise level, means over pictures, unsafe and safe ones; NaN where there are none."""
+    """Detection at one noise level: means over the unsafe pictures and over the safe ones, NaN where there are none."""
 
     t: int
     iou: float  # of the objects with the mask, in unsafe pictures
-    found: float  # share of the pictures in which something is found
-    found_safe: float
-    edit: float  # share of the frame with A >= edit
-    edit_safe: float
-    core: float  # share of the frame with A >= unsafe
-    core_safe: float
-    acts: float  # share of the pictures that would be guided: something is found, and the map does not fill the frame
-    acts_safe: float
+    found: tuple[float, float]  # share of the pictures in which something is found
+    edit: tuple[float, float]  # share of the frame with A >= Scaling.edit
+    core: tuple[float, float]  # share of the frame with A >= Scaling.unsafe
+    acts: tuple[float, float]  # share of the pictures that would be guided: found, and the map does not fill the frame
 
 
 def mean(levels: list[Detection]) -> Detection:
-    """The mean over noise levels; t is theirs too and means nothing."""
-    return Detection(*(float(np.mean(values)) for values in zip(*levels, strict=True)))
+    """The mean over noise levels, t too."""
+    return Detection(*(np.mean(values, 0).tolist() for values in zip(*levels, strict=True)))
 
 
 def choose(measured: dict[str, list[Detection]]) -> str | None:
-    """The normalisation that would guide most unsafe pictures and fewest safe ones; None if none does any good."""
-    gain = {how: mean(levels).acts - np.nan_to_num(mean(levels).acts_safe) for how, levels in measured.items()}
-    best = max(gain, key=gain.__getitem__)
-    return best if gain[best] > 0 else None
+    """The normalisation that guides many unsafe pictures and few safe ones; None if none guides more of the former."""
+    acts = {how: np.nan_to_num(mean(levels).acts) for how, levels in measured.items()}
+    best = max(acts, key=lambda how: acts[how][0] - acts[how][1])
+    return best if acts[best][0] > acts[best][1] else None
 
 
 STEEPEST = 0.01  # half of hi - lo at least: any closer and A would be a step

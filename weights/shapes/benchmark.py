@@ -3,6 +3,7 @@
   python -m weights.shapes.benchmark                        12 methods, 32 prompts per set, 1 picture per prompt
   python -m weights.shapes.benchmark --methods none,dag     two of them; --prompts and --images say how many pictures
   python -m weights.shapes.benchmark --methods dag:memory=0,sega:scale=5:warmup=5     with other constants (`method`)
+  python -m weights.shapes.benchmark --tokens FILE --methods dag,dag-map              with other tokens
 
 The sets of prompts are those of world.prompt_sets. Seed 2 is kept for reporting; 0 and 1 were used for tuning. A method
 is judged beside the unguided pictures of the same seeds:
@@ -62,15 +63,15 @@ METHODS = (
 )  # fmt: skip
 SWEPT = (  # the second run of docs/results.md
     "sega:scale=5:threshold=0:warmup=5", "sega:scale=10:threshold=0.7:warmup=5", "sld-max:momentum=0.5:warmup=5",
-    "dag:s_max=1.5", "dag:memory=0", "dag-paper",
+    "dag:s_max=1.5", "dag:memory=0", "dag-paper", "dag-map", "dag-joint:full=1.1", "dag-map:full=1.1",
 )  # fmt: skip
 LADDERS = (  # settings of one method, by rising strength
     ("sld-weak", "sld-medium", "sld-strong", SWEPT[2], "sld-max"), (SWEPT[0], "sega", SWEPT[1]), (SWEPT[3], "dag"),
 )  # fmt: skip
 PAPER = asdict(Scaling(min_area=SHAPES.dag.scaling.min_area))
 DAGS = {  # name -> constants that differ from the miniature's
-    "dag": {}, "dag-sld": {}, "dag-joint": {}, "dag-paper": PAPER, "dag-no-area": PAPER | {"area_gain": None},
-    "dag-no-magnitude": PAPER | {"magnitude": 1.0},
+    "dag": {}, "dag-sld": {}, "dag-joint": {}, "dag-map": {}, "dag-paper": PAPER,
+    "dag-no-area": PAPER | {"area_gain": None}, "dag-no-magnitude": PAPER | {"magnitude": 1.0},
 }  # fmt: skip
 BATCH = 32
 
@@ -81,7 +82,8 @@ def method(row: str, tokens: dag.GuidelineTokens) -> dag.Guidance:
     The names are those of sample.py and
 
     none                looks but never guides: its pictures are bit for bit those of plain guidance
-    dag-joint           normalises tokens over each map, as OVAM does, not by their fitted constants
+    dag-joint           reads the same tokens by OVAM's joint min-max instead of their fitted constants
+    dag-map             reads them by the min-max of the concept's own map
     dag-paper           has the paper's S = S_area T without a bound. With the miniature's own, nearly every pixel is at
                         s_max and the scalers cannot be told apart, so the next two are ablations of this one
     dag-no-area         goes without the AreaScaler
@@ -111,8 +113,8 @@ def method(row: str, tokens: dag.GuidelineTokens) -> dag.Guidance:
     if name not in DAGS:
         return type(rival)(tokens.safety_text, **constants)
     scaling = Scaling(**{field: constants.pop(field) for field in vars(SHAPES.dag.scaling)})
-    if name == "dag-joint":
-        tokens = replace(tokens, levels=(), lo=(), hi=())
+    if name in ("dag-joint", "dag-map"):
+        tokens = replace(tokens, normalisation=name.removeprefix("dag-"))
     return dag.DAG(tokens, base="sld" if name == "dag-sld" else "sega", cfg=DAGConfig(scaling=scaling, **constants))
 
 
@@ -193,6 +195,7 @@ def effect(plain: dict, other: dict, seen: list[dict], then: list[dict], unsafe:
         "safe ones changed": share([s.keys() != t.keys() for s, t in zip(seen, then, strict=True) if concept not in s]),
         "identical": share([torch.equal(a, b) for a, b in zip(plain["images"], other["images"], strict=True)]),
         "rows per step": round(other["unet_rows"].float().mean().item(), 3),
+        "guided": share(other["guided"].any(1).tolist()),
         "steps guided": round(other["guided"].sum(1).float().mean().item(), 1),
     }
 
@@ -337,10 +340,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="of each set (default: 32)")
     parser.add_argument("--images", type=int, default=1, help="pictures per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--tokens", type=Path, default=TOKENS, help="of the red circle (default: the committed ones)")
     parser.add_argument("--shard", default="0/1", metavar="K/N", help="every N-th row from the K-th on (default: 0/1)")
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     args = parser.parse_args()
-    tokens = dag.GuidelineTokens.load(TOKENS)
+    tokens = dag.GuidelineTokens.load(args.tokens)
     try:  # before anything is drawn
         methods = {name: method(name, tokens) for name in ["none", *args.methods.split(",")]}
         prompts = prompt_sets(args.prompts, args.seed)
@@ -353,7 +357,7 @@ def main() -> None:
     }
     settings = {"prompts": args.prompts, "images": args.images, "scale": SHAPES.scale, "seed": args.seed}
     settings |= {"dag": asdict(SHAPES.dag)}
-    settings |= {file.name: sha256(file)[:16] for file in (MINIATURE / "shapes.safetensors", TOKENS, JUDGE)}
+    settings |= {file.name: sha256(file)[:16] for file in (MINIATURE / "shapes.safetensors", args.tokens, JUDGE)}
     rows = args.out / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]  # other settings, other folder
     rows.mkdir(parents=True, exist_ok=True)
     sd, judge, plain_file = dag.load(), Judge.load(), rows / "none.safetensors"
