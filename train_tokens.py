@@ -145,11 +145,10 @@ def tell(measured: dict, scaling: Scaling, how: str) -> None:
     from weights.optimisation import choose, mean
 
     heads = "found", f"A >= {scaling.edit:g}", f"A >= {scaling.unsafe:g}", "guided"
+    print("IoU in unsafe pictures. In unsafe / safe ones, shares of pictures in which something is found, of the frame")
     print(
-        "IoU in unsafe pictures; for unsafe / safe ones the share of the pictures in which something is found, of the"
+        f"with {heads[1]} and {heads[2]}, of pictures that would be guided: found, {heads[1]} on < {scaling.full:.0%}."
     )
-    print(f"frame with {heads[1]} and with {heads[2]}, and of the pictures that a step would guide: none of those with")
-    print(f"{heads[1]} on {scaling.full:.0%} of the frame\n")
     print("normalisation   t   IoU " + "".join(f"{head:>13}" for head in heads))
     summary = []
     for reading, levels in measured.items():
