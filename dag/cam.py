@@ -82,8 +82,8 @@ def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
 
     By `tokens.normalisation`. "fitted": the tokens' constants, A = clamp((raw - lo) / (hi - lo), 0, 1). "joint": OVAM's
     min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. "map": the min-max of the raw map, so
-    that A reaches 1 in every picture, whatever it shows. OVAM takes it over all pictures of a call. Here each picture
-    has its own, so that it does not depend on its neighbours.
+    that A reaches 1 in every picture, whatever it shows. OVAM takes its own over all pictures of a call. Here each
+    picture has one, so that it does not depend on its neighbours.
     """
     how = tokens.normalisation or ("fitted" if tokens.levels else "joint")
     if how == "fitted":
@@ -91,14 +91,8 @@ def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
         return ((raw - lo) / (hi - lo)).clamp(0, 1)
     low, high = raw.amin((1, 2), keepdim=True), raw.amax((1, 2), keepdim=True)  # (b, 1, 1)
     if how == "joint":
-        low = torch.minimum(low, 1 - high)
-        high = 1 - low
+        low, high = torch.minimum(low, 1 - high), torch.maximum(high, 1 - low)
     return (raw - low) / (high - low).clamp(min=1e-6)
-
-
-def detection_map(tokens: GuidelineTokens, maps: Tensor, t: int) -> Tensor:
-    """The maps of the K rows (b, K, H, W) at timestep t -> A (b, H, W)."""
-    return normalise(tokens, raw_map(tokens, maps), t)
 
 
 class Probe(Hook):
@@ -135,4 +129,5 @@ class Probe(Hook):
         """A of the last call with conditional rows, at its t and latent grid: (b, concepts, H, W) in [0, 1]."""
         maps = combine([self.maps[layer] for layer in self.dk], [layer.factor for layer in self.dk], H, W)
         own = maps.split([len(one.embedding) - 1 for one in self.tokens], dim=1)  # (b, K, H, W) per concept
-        return torch.stack([detection_map(one, a, t) for one, a in zip(self.tokens, own, strict=True)], 1).float()
+        A = [normalise(one, raw_map(one, a), t) for one, a in zip(self.tokens, own, strict=True)]  # (b, H, W) each
+        return torch.stack(A, 1).float()

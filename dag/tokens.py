@@ -41,9 +41,8 @@ class GuidelineTokens:
     embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `reduce` says how the K maps become
     one: their "mean" (the paper's), or their "min" (ours). With the minimum the concept is only where every row sees
     it. An (attribute, object) pair needs that: a mean of the two is high at a red square beside a blue circle too.
-    `normalisation` is how the raw map becomes A, "fitted", "joint" or "map" (`cam.normalise`); None, as in older files:
-    fitted where there are constants for it, else joint. These are `lo` and `hi` at a few noise `levels` (timesteps,
-    rising), empty for unoptimised tokens and for the paper's recipe.
+    `normalisation` makes A of the raw map (`cam.normalise`): "fitted", "joint" or "map"; None, as in older files: fitted
+    if there are constants, else joint. The constants are `lo` and `hi` at a few noise `levels` (timesteps, rising).
     """
 
     embedding: Tensor
@@ -78,8 +77,7 @@ class GuidelineTokens:
         if end < 2:
             raise TokenError("the concept text is empty; expected words that name it")
         embedding = sd.text.encode([concept])[0, :end].float().cpu()  # (1+K, c_text)
-        reading = Reading(sd.config.cam_factors) if reading is None else reading
-        return cls(embedding, concept, safety_text, reading, fingerprint(sd))
+        return cls(embedding, concept, safety_text, reading or Reading(sd.config.cam_factors), fingerprint(sd))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: `embedding`, everything else as metadata."""
@@ -100,8 +98,7 @@ class GuidelineTokens:
                 embedding = file.get_tensor("embedding").float()
             if meta.pop("format", None) != FORMAT or embedding.ndim != 2 or len(embedding) < 2:
                 raise TokenError(f"{path}: not a token file of format {FORMAT}; make one with train_tokens.py")
-            fields = {k: json.loads(v) for k, v in meta.items()}
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            fields = {k: tuple(v) if isinstance(v := json.loads(text), list) else v for k, text in meta.items()}
             reading = Reading(fields.pop("factors", ()), fields.pop("heads", "mean"))
             tokens = cls(embedding, reading=reading, **fields)
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ

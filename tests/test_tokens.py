@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import train_tokens
 from dag import DAG, GuidelineTokens, sample
-from dag.cam import detection_map, normalise, raw_map
+from dag.cam import normalise, raw_map
 from dag.config import Scaling
 from dag.tokens import Reading, TokenError
 from tests.conftest import TOKENS
@@ -46,7 +46,7 @@ def test_rows_make_one_map(tokens):
     assert torch.equal(raw_map(tokens, maps), torch.tensor([[[0.7, 0.5]]]))
     every = replace(tokens, reduce="min", levels=(1,), lo=(0.1,), hi=(0.9,))
     assert torch.equal(raw_map(every, maps), torch.tensor([[[0.5, 0.2]]]))
-    assert torch.allclose(detection_map(every, maps, 5), torch.tensor([[[0.5, 0.125]]]))
+    assert torch.allclose(normalise(every, raw_map(every, maps), 5), torch.tensor([[[0.5, 0.125]]]))
 
 
 def test_widen(tokens):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import dag
 from dag import ddim
-from dag.cam import detection_map
+from dag.cam import normalise, raw_map
 from dag.config import SIDE, STEPS
 from dag.sampling import noise
 from dag.tokens import Reading
@@ -162,8 +162,8 @@ def save_sheet(
         cells = [picture, *to_pil(mask[None].expand(1, 3, -1, -1) * 2 - 1)]
         for k in levels:
             for tokens in (before, after):
-                A = detection_map(tokens, data.maps(tokens.embedding, k, [i]), data.times[k])  # (1, H, W)
-                cells.append(overlay(picture, A[0]))
+                raw = raw_map(tokens, data.maps(tokens.embedding, k, [i]))  # (1, H, W)
+                cells.append(overlay(picture, normalise(tokens, raw, data.times[k])[0]))
         rows.append(("unsafe" if unsafe[i] else "safe", cells))
     heads = ["picture", "mask", *(f"t {data.times[k]} {when}" for k in levels for when in ("before", "after"))]
     save_png(contact_sheet(rows, heads, side=112), path)
