@@ -41,8 +41,8 @@ class GuidelineTokens:
     embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `reduce` says how the K maps become
     one: their "mean" (the paper's), or their "min" (ours). With the minimum the concept is only where every row sees
     it. An (attribute, object) pair needs that: a mean of the two is high at a red square beside a blue circle too.
-    `normalisation` makes A of the raw map (`cam.normalise`): "fitted", "joint" or "map"; None, as in older files: fitted
-    if there are constants, else joint. The constants are `lo` and `hi` at a few noise `levels` (timesteps, rising).
+    `normalisation` makes A of the raw map (`cam.normalise`): "fitted", "joint" or "map"; None, as in older files:
+    fitted if there are constants, else joint. These are `lo` and `hi` at a few noise `levels` (timesteps, rising).
     """
 
     embedding: Tensor
