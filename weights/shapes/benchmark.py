@@ -61,7 +61,7 @@ METHODS = (
     "none", "negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "dag", "dag-sld",
     "dag-no-area", "dag-no-magnitude", "dag-joint",
 )  # fmt: skip
-SWEPT = (  # the second run of docs/results.md
+SWEPT = (  # the further rows of docs/results.md
     "sega:scale=5:threshold=0:warmup=5", "sega:scale=10:threshold=0.7:warmup=5", "sld-max:momentum=0.5:warmup=5",
     "dag:s_max=1.5", "dag:memory=0", "dag-paper", "dag-map", "dag-joint:full=1.1", "dag-map:full=1.1",
 )  # fmt: skip
