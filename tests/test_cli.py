@@ -49,7 +49,7 @@ def test_guided(tmp_path, capsys):
     assert report["settings"]["guidance"] == ["none", "dag"]
     assert report["settings"]["tokens"][0]["concept"] == "a red circle"
     assert report["settings"]["tokens"][0]["file"].endswith("red-circle.safetensors")
-    assert report["settings"]["safety_texts"] == ["a red circle"]
+    assert report["settings"]["safety_texts"] == {"none": [], "dag": ["a red circle"]}
     plain, guided, star, same = report["pictures"]
     assert [p["guidance"] for p in report["pictures"]] == ["none", "dag"] * 2
     assert plain["unet_rows"] == 40 and plain["map_max"] is None and plain["detected"] is None
@@ -75,7 +75,9 @@ def test_all_methods_side_by_side(tmp_path, capsys):
     assert sample.main([*argv, "--out", str(tmp_path)]) == 0
     assert not lines(capsys)[0:1] or "warning" not in capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["settings"]["safety_texts"] == ["a red circle", "a blue star"]
+    texts = report["settings"]["safety_texts"]
+    assert texts["dag"] == texts["sega"] == ["a red circle", "a blue star"] and texts["none"] == []
+    assert texts["negative"] == texts["sld-max"] == ["a red circle and a blue star"]
     told = {p["guidance"]: p for p in report["pictures"]}
     assert tuple(told) == METHODS
     assert {m: told[m]["unet_rows"] for m in ("none", "negative", "sld-max", "sega")} == {
@@ -97,7 +99,7 @@ def test_safety_text(tmp_path):
     for folder, more in (("a", []), ("b", ["--safety-text", "a red square"])):
         assert sample.main([*argv, *more, "--out", str(tmp_path / folder)]) == 0
     a, b = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in "ab")
-    assert b["settings"]["safety_texts"] == ["a red square"]
+    assert b["settings"]["safety_texts"] == {"dag": ["a red square"]}
     assert a["pictures"][0]["steps_guided"] > 0 and b["pictures"][0]["steps_guided"] > 0
     a, b = (next((tmp_path / folder).glob("000-*.png")) for folder in "ab")
     assert Image.open(a).tobytes() != Image.open(b).tobytes()
