@@ -187,9 +187,10 @@ def run(args: argparse.Namespace) -> int:
                 if not setup.out_of_memory(e):
                     raise
                 if len(part) == 1:
-                    less = "" if dtype == "float16" else ", --dtype float16 (bfloat16 on a CPU)"
                     found = f"out of memory with one picture of {size[1]} x {size[0]} pixels in {dtype}"
-                    raise MemoryError(f"{found}; try a smaller --height and --width{less}, or --device cpu") from e
+                    less = f", --dtype {'bfloat16' if device == 'cpu' else 'float16'}" if dtype == "float32" else ""
+                    slow = "" if device == "cpu" else ", --device cpu"
+                    raise MemoryError(f"{found}; try a smaller --height and --width{less}{slow}") from e
                 if not halved:
                     warn(f"out of memory with {len(part)} pictures side by side: halving that; see --batch-size")
                 batch, halved = len(part) // 2, True
