@@ -40,7 +40,7 @@ def parser() -> Parser:
     for name in ("--height", "--width"):
         add(name, type=side, help=f"pixels, a multiple of {SIDE} (default: {SD14.size}, miniature {SHAPES.size})")
     choices = ("auto", "plain", "fused")
-    implementations = "maps by PyTorch (plain) or the Triton kernel (fused); auto is plain for now (default: auto)"
+    implementations = "maps by PyTorch (plain) or the Triton kernel (fused); auto: what a trial on the GPU favours"
     add("--attention", choices=choices, default="auto", help=implementations)
     columns = f"a column for each: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)"
     add("--guidance", type=methods, metavar="LIST", help=columns)
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         concepts = [replace(c, safety_text=args.safety_text) for c in concepts]
     texts = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
     authors = [SLD.SAFETY_TEXT] if args.safety_text is None and cfg.text.num_words is None else texts
-    fused = setup.attention(args.attention, sd, concepts)
+    fused, attention = setup.attention(args.attention, sd, concepts)
     blind = [WithoutMaps(sd.unet, concepts, fused)] if fused and concepts else []
     guidances = {
         name: by_name(name, authors if name.startswith("sld") else texts, concepts, constants, fused) for name in names
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "model": str(args.ckpt or cfg.name), "origin": sd.origin, "steps": args.steps, "scale": scale,
         "height": size[0], "width": size[1], "seed": args.seed, "n_images": args.n_images,
-        "device": device, "dtype": dtype, "attention": args.attention, "guidance": names,
+        "device": device, "dtype": dtype, "attention": attention, "guidance": names,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
         "safety_texts": {name: list(g.safety_texts or filter(None, [g.uncond_text])) for name, g in guidances.items()},
         "dag": asdict(constants) if looks else None,
@@ -251,9 +251,11 @@ def finished(args: argparse.Namespace, settings: dict, jobs: list[dict]) -> dict
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         then, told = earlier["settings"], [entry for entry in earlier["pictures"] if entry["file"]]
+        now = json.loads(json.dumps(settings))
+        for each in (now, then):  # fused or plain; the reason may tell of other times
+            each["attention"] = re.match(r"\w*", each["attention"])[0]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not a report of sample.py; expected the one to --resume, or none") from e
-    now = json.loads(json.dumps(settings))
     if other := [key for key in now | then if now.get(key) != then.get(key)]:
         found = f"{path} was made with {other[0]} {then.get(other[0])}, now it is {now.get(other[0])}"
         raise UsageError(f"--resume: {found}; expected the same settings, or another --out")
@@ -301,7 +303,6 @@ def detect(args: argparse.Namespace) -> int:
     if useless := useless + [name for name in given(args) if name not in ("unsafe", "min_area")]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
         raise UsageError(f"--detect draws nothing: leave out {options}")
-    import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     import dag
@@ -328,10 +329,10 @@ def detect(args: argparse.Namespace) -> int:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     rows, concepts = [], []
     for c, file in tokens:
-        fused = setup.attention(args.attention, sd, [c])
+        fused, _ = setup.attention(args.attention, sd, [c])
         maps = dag.detect(sd, c, from_pil(picture), LEVELS, args.seed, fused).cpu()  # (levels, H, W)
         scaling = c.adapt(constants.scaling)
-        sizes = torch.tensor([objects(A, scaling)[1].sum().item() for A in maps])  # (levels,)
+        sizes = (objects(maps, scaling)[0] > 0).float().mean((1, 2))  # (levels,)
         yes = (sizes > 0).sum().item() > len(LEVELS) / 2
         where = place(maps, sizes, scaling)["place"] if sizes.any() else None
         shares = [round(share, 4) for share in sizes.tolist()]

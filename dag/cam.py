@@ -107,6 +107,8 @@ class Probe(Hook):
                 layer: torch.cat([guideline_keys(layer, one.embedding) for one in tokens], dim=1).to(weight)
                 for layer in layers_of(unet, self.reading)
             }  # (h, sum of K, d) each
+        if fused is None:  # `guideline_maps` computes in float32, and would ask for these at every step
+            self.dk = {layer: dk.to(torch.promote_types(dk.dtype, torch.float32)) for layer, dk in self.dk.items()}
         self.maps: dict[CrossAttention, Tensor] = {}  # (b, sum of K, n) each
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

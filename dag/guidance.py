@@ -22,7 +22,7 @@ from .config import DAGConfig, Scaling
 from .scalers import scale_map
 from .tokens import GuidelineTokens
 
-# A (b, concepts, H, W) and each concept's constants -> S (b, concepts, H, W)
+# A (b, concepts, H, W) and each concept's constants -> S (b, concepts, H, W), both on the CPU
 Scaler = Callable[[Tensor, list[Scaling]], Tensor]
 
 
@@ -60,8 +60,8 @@ class Estimate:
     """What a method makes of one step."""
 
     eps: Tensor  # (b, 4, H, W)
-    A: Tensor | None = None  # (b, concepts, H, W) in [0, 1], the maps it acted on (DAG's memory is in them)
-    S: Tensor | None = None  # (b, H, W) strength
+    A: Tensor | None = None  # (b, concepts, H, W) in [0, 1], the maps it acted on (DAG's memory is in them), on the CPU
+    S: Tensor | None = None  # (b, H, W) strength, on the CPU
     guided: Tensor | None = None  # (b,) bool: images that this step pushes away from something; None: no image
 
 
@@ -160,25 +160,27 @@ class DAG(Guidance):
         run = super().start(sd, prompts)
         run.cfg = sd.config.dag if self.cfg is None else self.cfg
         run.scalings = [one.adapt(run.cfg.scaling) for one in self.tokens]
-        run.remembered = torch.zeros((), device=sd.device)  # becomes (b, concepts, H, W)
+        run.remembered = torch.zeros(())  # becomes (b, concepts, H, W)
         run.probe = Probe(sd.unet, self.tokens, self.fused)
         run.hooks = (run.probe,)
         return run
 
     def __call__(self, step: Inputs) -> Estimate:
-        eps = step.cfg_eps
-        self.remembered = A = remember(step.A, self.remembered, self.cfg)  # (b, concepts, H, W)
+        eps, device = step.cfg_eps, step.eps_p.device
+        A = step.A.cpu()  # the only look at the device: what is decided from here on would take one look each
+        self.remembered = A = remember(A, self.remembered, self.cfg)  # (b, concepts, H, W)
         S = self.scaler(A, self.scalings)  # (b, concepts, H, W)
         ties = torch.where(S == S.amax(1, keepdim=True), A, -1.0)  # (b, concepts, H, W); at s_max there are many
         acting = ties.argmax(1, keepdim=True)  # (b, 1, H, W)
-        S = torch.where(acting == torch.arange(S.shape[1], device=S.device)[:, None, None], S, 0.0)
-        active = (S.flatten(2).amax(2) > 0).cpu() & (step.i >= self.cfg.warmup)  # (b, concepts)
+        S = torch.where(acting == torch.arange(S.shape[1])[:, None, None], S, 0.0)
+        active = (S.flatten(2).amax(2) > 0) & (step.i >= self.cfg.warmup)  # (b, concepts)
         for k in range(len(self.tokens)):
             images = active[:, k].nonzero()[:, 0].tolist()
             if images:
+                weight = (step.s_g * S[images, k, None]).to(device)  # (images, 1, H, W)
                 d_s = step.safety(k, images) - step.eps_0[images]  # (images, 4, H, W)
                 M_base = self.mask(d_s, step.eps_p[images] - step.eps_0[images])  # (images, 4, H, W)
-                eps[images] = eps[images] - step.s_g * S[images, k, None] * M_base * d_s  # Eq. 4, as Table 1 has it
+                eps[images] = eps[images] - weight * M_base * d_s  # Eq. 4, as Table 1 has it
         return Estimate(eps, A, S.amax(1), active.any(1))
 
     def mask(self, d_s: Tensor, d_p: Tensor) -> Tensor:

@@ -4,29 +4,35 @@
 
 Shapes are SD 1.4's at 512 x 512 (8 heads, 77 text tokens), 8 concept rows, maps of the conditional half of the batch.
 On a GPU every shape is first compared with float64. If `errors` finds more than it allows, the shape is not timed and
-the exit status is 1. The times are taken inside a CUDA graph, so that they are the GPU's and not Python's. They are of
-SDPA (the main attention alone), SDPA + map (dag/cam.py's `attention_with_maps`) and the kernel.
+the exit status is 1. The times are
 
-The compiled kernel has never run, only its source (interpreted) and its machine code (read). So run this first of all
-on a GPU. Expected: nothing is wrong; fused / (SDPA + map) < 1 everywhere; fused / SDPA <= 1.30 at b = 2 and <= 1.15 at
-b = 6. Until someone has seen that, the rule in kernels/choice.py makes "auto" plain PyTorch. Then make it the kernel
-wherever that can run, unless it loses to SDPA + map. Without a probe the main attention is SDPA in any case.
+    SDPA          the main attention alone
+    SDPA + map    dag/cam.py's `attention_with_maps`: what "plain" runs
+    SDPA + SDPA   a second SDPA call whose values are one-hot: what people use for maps under fused attention today
+    fused         the kernel
+
+in microseconds: of the GPU, inside a CUDA graph, and for plain and fused also of the processor that sends the work.
+The last line is JSON. kernels/choice.py runs `tried` below, in a process of its own, before it lets a run use the
+kernel.
 """
 
 import itertools
+import json
 import re
 import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 import triton
+import triton.testing
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -34,6 +40,7 @@ from triton.compiler import CompiledKernel
 from dag.cam import attention_with_maps
 
 from . import cross_attention
+from .choice import Verdict
 from .cross_attention import BLOCK_N, OPTIONS, arguments, attention_kernel, cross_attention_with_maps
 
 HEADS, TOKENS, CONCEPTS = 8, 77, 8
@@ -57,7 +64,7 @@ def errors(found: tuple[Tensor, Tensor], q, k, v, dk, rows: list[int]) -> tuple[
     5e-6 in the output and 1e-6 in the maps are always allowed.
     """
     exact = attention_with_maps(*(x.double() for x in (q, k, v, dk)), rows)
-    own = attention_with_maps(q, k, v, dk, rows)
+    own = attention_with_maps(*(x.contiguous() for x in (q, k, v)), dk, rows)  # SDPA may need its inputs aligned
     measured = []
     for ours, theirs, truth, least in zip(found, own, exact, (5e-6, 1e-6), strict=True):
         if truth.numel() > 0:
@@ -143,7 +150,7 @@ def machine_code(kernel: CompiledKernel) -> tuple[dict[str, int], Counter]:
     }, ops
 
 
-def without_gpu() -> None:
+def without_gpu() -> list[dict]:
     print("no GPU here: nothing is timed. Bytes each layer moves (float16, batch 2, maps of 1 row), from its shapes:\n")
     print("    n    d      main    + fused maps    + separate maps")
     for n, d in LAYERS:
@@ -161,37 +168,85 @@ def without_gpu() -> None:
             f"{capability / 10:10.1f} {d:4d} {maps['total']:14d} / {bare['total']} = {ratio:.2f}"
             f" {maps['registers']:13d} {maps['shared']:14d} {maps['spills']:8d}"
         )
+    return []
 
 
-def with_gpu() -> int:
-    from triton.testing import do_bench_cudagraph  # milliseconds
+def one_hot(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """`attention_with_maps` by two SDPA calls; its maps are of a softmax over background and all K concept rows."""
+    h, K, d = dk.shape
+    keys = F.pad(dk * d**0.5, (0, 0, 1, 0)).expand(len(q[rows]), -1, -1, -1)  # (rows, h, 1+K, d), the background 0
+    values = torch.eye(1 + K, d, dtype=q.dtype, device=q.device).expand(len(q[rows]), h, -1, -1)  # (rows, h, 1+K, d)
+    maps = F.scaled_dot_product_attention(q[rows], keys, values)[..., 1 : 1 + K]  # (rows, h, n, K)
+    return F.scaled_dot_product_attention(q, k, v), maps.float().mean(1).transpose(1, 2)
 
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; microseconds\n")
-    print("dtype     b     n    d   SDPA   SDPA + map   fused   / SDPA   / (SDPA + map)   MB     error of limit")
-    status = 0
-    for dtype, b, (n, d) in itertools.product((torch.float16, torch.bfloat16), (2, 6), LAYERS):
-        tensors = q, k, v, dk = inputs(b, HEADS, n, TOKENS, d, CONCEPTS, dtype, "cuda")
-        rows = list(range(b // 2, b))
-        right, said = errors(cross_attention_with_maps(*tensors, rows), *tensors, rows)
-        name = f"{str(dtype).removeprefix('torch.'):8} {b:2d} {n:5d} {d:4d}"
+
+def microseconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Of the GPU for one call, inside a CUDA graph; of the processor to send it, the least of 100 calls."""
+    gpu = 1e3 * triton.testing.do_bench_cudagraph(call)  # from milliseconds
+    sent = []
+    for _ in range(100):
+        start = time.perf_counter()
+        call()
+        sent.append(1e6 * (time.perf_counter() - start))
+    return gpu, min(sent)
+
+
+@torch.no_grad()
+def tried(dtype: torch.dtype, b: int, n: int, d: int, K: int = CONCEPTS, h: int = HEADS) -> dict:
+    """One shape on this GPU: is the kernel right there (a small batch with odd sizes included), and the times."""
+    shape = {"dtype": str(dtype).removeprefix("torch."), "b": b, "n": n, "d": d, "K": K}
+    odd = inputs(3, h, n + 1, TOKENS - 6, d, K, dtype, "cuda")
+    tensors = q, k, v, dk = inputs(b, h, n, TOKENS, d, K, dtype, "cuda")
+    rows = list(range(b // 2, b))
+    for each, wanted in ((odd, [2, 0]), (tensors, rows)):
+        right, said = errors(cross_attention_with_maps(*each, wanted), *each, wanted)
         if not right:
-            status = 1
-            print(f"{name}   WRONG, not timed: {said}")
+            return shape | {"right": False, "errors": said}
+    half = slice(b // 2, b)  # a list would be copied to the GPU, which cannot be part of a CUDA graph
+    calls = {
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v),
+        "plain": lambda: attention_with_maps(q, k, v, dk, half),
+        "one_hot": lambda: one_hot(q, k, v, dk, half),
+        "fused": lambda: cross_attention_with_maps(q, k, v, dk, rows),
+    }
+    times = {name: microseconds(call) for name, call in calls.items()}
+    measured = {name: round(gpu, 1) for name, (gpu, _) in times.items()}
+    measured |= {f"{name}_sent": round(times[name][1], 1) for name in ("plain", "fused")}
+    return shape | {"right": True, "errors": said} | measured
+
+
+def with_gpu() -> list[dict]:
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; microseconds\n")
+    print("                            of the GPU                                            to send          errors")
+    print("dtype     b     n    d     SDPA  SDPA + map  SDPA + SDPA  fused  / SDPA + map    plain  fused    of limits")
+    found = []
+    for dtype, b, (n, d) in itertools.product((torch.float16, torch.bfloat16), (2, 6), LAYERS):
+        one = tried(dtype, b, n, d)
+        found.append(one)
+        name = f"{one['dtype']:8} {b:2d} {n:5d} {d:4d} "
+        if not one["right"]:
+            print(f"{name} WRONG, not timed: {one['errors']}")
             continue
-        calls = (
-            partial(F.scaled_dot_product_attention, q, k, v),
-            # a slice, as in dag/cam.py: a list would be copied to the GPU, which cannot be part of a CUDA graph
-            partial(attention_with_maps, q, k, v, dk, slice(b // 2, b)),
-            partial(cross_attention_with_maps, q, k, v, dk, rows),
-        )
-        sdpa, separate, fused = (1000 * do_bench_cudagraph(call) for call in calls)
-        by = moved(b, len(rows), n, d, 2)
         print(
-            f"{name} {sdpa:6.1f} {separate:12.1f} {fused:7.1f} {fused / sdpa:8.2f} {fused / separate:16.2f}"
-            f" {(by['main'] + by['fused']) / 1e6:8.2f}   {said}"
+            f"{name} {one['sdpa']:7.1f} {one['plain']:11.1f} {one['one_hot']:12.1f} {one['fused']:6.1f}"
+            f" {one['fused'] / one['plain']:13.2f} {one['plain_sent']:8.1f} {one['fused_sent']:6.1f}    {one['errors']}"
         )
-    return status
+    for dtype in ("float16", "bfloat16"):
+        for d in sorted({d for _, d in LAYERS}):
+            rows = [one for one in found if (one["dtype"], one["d"]) == (dtype, d)]
+            print(f"{dtype}, d {d}: {Verdict.of(rows)}")
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(with_gpu() if torch.cuda.is_available() else without_gpu())
+    if len(sys.argv) > 1:  # as kernels/choice.py calls it
+        index, dtype, b, h, K, *grids = sys.argv[1:]
+        torch.cuda.set_device(int(index))
+        for grid in grids:
+            n, d = map(int, grid.split("x"))
+            print(json.dumps(tried(getattr(torch, dtype), int(b), n, d, int(K), int(h))), flush=True)
+    else:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        rows = without_gpu() if gpu is None else with_gpu()
+        print(json.dumps({"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "rows": rows}))
+        sys.exit(not all(row["right"] for row in rows))

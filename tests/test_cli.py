@@ -112,7 +112,7 @@ def test_sld_has_its_authors_text_where_the_model_knows_its_words(tmp_path, shap
     literate = copy.copy(shapes)
     literate.config = replace(SHAPES, text=replace(SHAPES.text, num_words=None))
     monkeypatch.setattr("dag.load", lambda *args: literate)
-    argv = ["--prompt", "a star", "--guidance", "sld-max,sega,negative", "--steps", "11", "--out", str(tmp_path)]
+    argv = ["--prompt", "a star", "--guidance", "sld-max,sega,negative", "--steps", "1", "--out", str(tmp_path)]
     for more, sld, other in (
         ([], SLD.SAFETY_TEXT, "a red circle"),
         (["--safety-text", "a blue circle"], "a blue circle", "a blue circle"),
@@ -391,7 +391,7 @@ def test_resume(tmp_path, capsys, monkeypatch):
         assert len(sizes) == 6  # the first lost a file, the second a method, the third is new
         assert reported("part") == reported("whole") and first.exists()
         assert contact.read_bytes() == before and (tmp_path / "part" / "contact-000.png").exists()
-        assert sample.main(part) == 0 and len(sizes) == 6
+        assert sample.main([*part, "--attention", "plain"]) == 0 and len(sizes) == 6
         assert "6 pictures, 6 of them from before and" in capsys.readouterr().out
         assert sample.main([*part, "--prompt", "a blue star"]) == 0 and len(sizes) == 12
     for more, message in (

@@ -93,14 +93,14 @@ def test_normalisation(random_model, tokens):
 
 def test_components_join_diagonally_and_count():
     labels = components(grid("#..#", ".#..", "...#") >= 0.5)
-    assert labels.max() == 3 and labels[0, 0] == labels[1, 1]
+    assert labels[0, 0] == labels[1, 1]
     assert len({labels[0, 0].item(), labels[0, 3].item(), labels[2, 3].item()}) == 3
     assert (components(torch.zeros(3, 3, dtype=torch.bool)) == 0).all()
 
 
 def test_components_of_a_spiral():
     spiral = grid("#######", "......#", "#####.#", "#...#.#", "#.###.#", "#.....#", "#######") >= 0.5
-    assert components(spiral).max() == 1
+    assert components(spiral).unique().tolist() == [0, 49]
 
 
 def test_nothing_found():
@@ -116,7 +116,7 @@ def test_one_pixel():
 def test_one_pixel_may_be_too_small():
     assert (strength(grid("....", ".#..", "....", "...."), Scaling(min_area=0.1)) == 0).all()
     labels, areas = objects(grid("##..", "##..", "...#", "...."), Scaling(min_area=0.1))
-    assert areas.tolist() == [0.25] and labels.unique().tolist() == [0, 1]
+    assert areas.unique().tolist() == [0, 0.25] and torch.equal(areas > 0, labels > 0)
 
 
 def test_full_frame_is_not_guided():
@@ -139,7 +139,40 @@ def test_edit_pixels_take_the_nearest_object_only_if_connected():
 
 def test_nearest_breaks_ties_by_the_larger():
     values = torch.tensor([[1.0, 0.0, 3.0]])
-    assert nearest(values, values > 0, torch.tensor([[False, True, False]])).tolist() == [[0, 3, 0]]
+    assert nearest(values, values > 0).tolist() == [[1, 3, 3]]
+
+
+def test_maps_side_by_side_are_as_alone():
+    """Any maps at once, by the definitions: flood fill, and the nearest object by comparing with every pixel of one."""
+    maps = torch.stack([torch.rand(9, 12).pow(3) for _ in range(40)])
+    maps[::2] = maps[::2].where(maps[::2] > 0.4, 0.05)  # a rim everywhere
+    cfg = Scaling(full=1.1, min_area=2 / 108)
+    S, (labels, areas) = area_scaler(maps.reshape(5, 8, 9, 12), cfg).reshape(40, 9, 12), objects(maps, cfg)
+    for A, own, label, area in zip(maps, S, labels, areas, strict=True):
+        assert torch.equal(own, area_scaler(A, cfg))
+        pieces = [piece for piece in flooded(A >= cfg.unsafe) if len(piece) > 1]
+        sizes = {pixel: len(piece) for piece in pieces for pixel in piece}
+        assert {tuple(p): round(area[tuple(p)].item() * 108) for p in label.nonzero().tolist()} == sizes
+        expected = torch.zeros(9, 12)
+        for region in flooded(A >= cfg.edit):
+            for y, x in region if sizes.keys() & region else ():
+                near = min((v - y) ** 2 + (u - x) ** 2 for v, u in sizes)
+                best = max(n for (v, u), n in sizes.items() if (v - y) ** 2 + (u - x) ** 2 == near)
+                expected[y, x] = 5 * best / 108
+        assert torch.allclose(own, expected)
+
+
+def flooded(mask: torch.Tensor) -> list[set[tuple[int, int]]]:
+    """The components of a mask as sets of pixels."""
+    left, found = {tuple(p) for p in mask.nonzero().tolist()}, []
+    while left:
+        found.append(set())
+        edge = {left.pop()}
+        while edge:
+            found[-1] |= edge
+            edge = {(y + v, x + u) for y, x in edge for v in (-1, 0, 1) for u in (-1, 0, 1)} & left
+            left -= edge
+    return found
 
 
 def test_magnitude():

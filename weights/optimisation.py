@@ -72,7 +72,7 @@ class AnnotatedQueries:
         out = []
         for k, t in list(enumerate(self.times))[::every]:
             A = detection_map(tokens, self.maps(tokens.embedding, k), t)  # (N, H, W)
-            seen = torch.stack([objects(a, scaling)[0] > 0 for a in A])  # (N, H, W)
+            seen = objects(A, scaling)[0] > 0  # (N, H, W)
             mask = self.masks >= 0.5
             iou = (seen & mask).sum((1, 2)) / (seen | mask).sum((1, 2)).clamp(min=1)
             found, edit = seen.flatten(1).any(1).float(), (A >= scaling.edit).float().mean((1, 2))

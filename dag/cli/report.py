@@ -51,8 +51,8 @@ class Drawing:
     def sizes(self) -> Tensor:
         """Area of the objects found, as shares of the frame, (steps - warm-up, concepts)."""
         scalings = self.concepts.values()
-        sizes = [[objects(a, s)[1].sum().item() for a, s in zip(A, scalings, strict=True)] for A in self.late]
-        return torch.tensor(sizes).reshape(len(self.late), len(scalings))
+        seen = [objects(A, s)[0] > 0 for A, s in zip(self.late.unbind(1), scalings, strict=True)]  # (steps, H, W) each
+        return torch.stack(seen, 1).float().mean((2, 3))
 
     @cached_property
     def findings(self) -> dict:
@@ -124,12 +124,13 @@ def place(maps: Tensor, sizes: Tensor, scaling: Scaling) -> dict:
     """
     A = maps[largest_step(maps, sizes)]
     labels, areas = objects(A, scaling)
-    y, x = (labels == 1 + areas.argmax()).nonzero().float().mean(0).tolist()  # of the largest object
+    largest = labels[areas == areas.max()].min()  # of equal ones the first
+    y, x = (labels == largest).nonzero().float().mean(0).tolist()
     row, column = int(3 * y / A.shape[0]), int(3 * x / A.shape[1])
     return {
         "steps": int((sizes > 0).sum()),
         "place": f"{('top', 'middle', 'bottom')[row]} {('left', 'centre', 'right')[column]}",
-        "share": round(areas.sum().item(), 4),
+        "share": round((areas > 0).float().mean().item(), 4),
     }
 
 

@@ -70,10 +70,15 @@ def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[
     return [(replace(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), **own), None)]
 
 
-def attention(choice: str, sd: dag.StableDiffusion, tokens: list[dag.GuidelineTokens]) -> AttentionWithMaps | None:
-    """The kernel, or None for plain PyTorch, for all methods of a run. Raises UsageError where it cannot run."""
+def attention(
+    choice: str, sd: dag.StableDiffusion, tokens: list[dag.GuidelineTokens]
+) -> tuple[AttentionWithMaps | None, str]:
+    """`for_run` of kernels/choice.py, which says on a GPU what it decided. Raises UsageError where it cannot run."""
     try:
-        return for_run(choice, sd, tokens)
+        fused, said = for_run(choice, sd, tokens)
+        if sd.device.type == "cuda":
+            print(f"attention {said}")
+        return fused, said
     except ValueError as e:
         raise UsageError(f"--attention {choice}: {e}") from e
 

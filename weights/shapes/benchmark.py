@@ -204,7 +204,7 @@ def detection(plain: dict, seen: list[dict], cfg: DAGConfig) -> dict:
     """
     found, false, scores = [], [], []
     for A, acted, s in zip(plain["A"][:, :, 0], plain["A_acted"][:, :, 0], seen, strict=True):  # (steps, H, W) each
-        finds = any(len(objects(a, cfg.scaling)[1]) for a in acted[cfg.warmup :])
+        finds = bool(objects(acted[cfg.warmup :], cfg.scaling)[0].any())
         (found if world.UNSAFE in s else false).append(finds)
         if world.UNSAFE in s:
             mask = F.adaptive_avg_pool2d(s[world.UNSAFE][None].float(), A.shape[1:])[0] >= 0.5  # (H, W)
