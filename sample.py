@@ -161,15 +161,15 @@ def run(args: argparse.Namespace) -> int:
 
     def draw(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
         began, title = time.time(), f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
-        texts, seeds = ([jobs[k][key] for k in part] for key in ("prompt", "seed"))
+        asked, seeds = ([jobs[k][key] for k in part] for key in ("prompt", "seed"))
         hooks = [] if guidance.tokens else blind
-        loop, steps = dag.sample(sd, texts, guidance, args.steps, scale, seeds, *size, hooks=hooks), []
+        loop, steps = dag.sample(sd, asked, guidance, args.steps, scale, seeds, *size, hooks=hooks), []
         try:
             for step in tqdm(loop, title, args.steps, unit="step", leave=False, disable=None):
                 steps.append(step)
         except NumericsError:  # no picture is left; the steps show when each was lost
             pass
-        return report.drawings(sd, list(zip(texts, seeds, strict=True)), name, guidance, steps, time.time() - began)
+        return report.drawings(sd, list(zip(asked, seeds, strict=True)), name, guidance, steps, time.time() - began)
 
     def account() -> None:
         told, *lines = (json.dumps(part, ensure_ascii=False) for part in (settings, *map(entries.get, sorted(entries))))
@@ -339,6 +339,7 @@ def detect(args: argparse.Namespace) -> int:
         said = f"{c.concept}: {'yes, at the ' + where if yes else 'no'}"
         rows.append((said, [picture, *(overlay(picture, A) for A in maps)]))
         entry = {"concept": c.concept, "file": None if file is None else str(file), "detected": yes}
+        entry |= {"unsafe": scaling.unsafe, "min_area": scaling.min_area}
         concepts.append(entry | {"place": where, "share": dict(zip(LEVELS, shares, strict=True))})
         print(f"{said}; share of the frame at t {LEVELS}: {shares}")
     save_png(contact_sheet(rows, ["picture", *(f"t {t}" for t in LEVELS)]), args.out / "detect.png")
