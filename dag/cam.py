@@ -63,8 +63,13 @@ def attention_with_maps(
 
 def combine(maps: list[Tensor], factors: list[int], H: int, W: int) -> Tensor:
     """Maps of layers (b, K, n), on grids of H/f x W/f -> mean over layers on the latent grid, (b, K, H, W)."""
-    grids = [a.unflatten(2, (H // f, W // f)) for a, f in zip(maps, factors, strict=True)]  # (b, K, H/f, W/f)
-    return torch.stack([F.interpolate(a, (H, W), mode="bilinear", align_corners=False) for a in grids]).mean(0)
+    found = dict.fromkeys(range(len(maps)))  # in the layers' order, which decides how their sum is rounded
+    for f in set(factors):  # layers with the same grid at once
+        own = [k for k in found if factors[k] == f]
+        grid = torch.cat([maps[k] for k in own]).unflatten(2, (H // f, W // f))  # (layers*b, K, H/f, W/f)
+        large = F.interpolate(grid, (H, W), mode="bilinear", align_corners=False)  # (layers*b, K, H, W)
+        found |= zip(own, large.chunk(len(own)), strict=True)
+    return torch.stack(list(found.values())).mean(0)
 
 
 def raw_map(tokens: GuidelineTokens, maps: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ class Probe(Hook):
             }  # (h, sum of K, d) each
         if fused is None:  # `guideline_maps` computes in float32, and would ask for these at every step
             self.dk = {layer: dk.to(torch.promote_types(dk.dtype, torch.float32)) for layer, dk in self.dk.items()}
-        self.maps: dict[CrossAttention, Tensor] = {}  # (b, sum of K, n) each
+        self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.dk)  # become (b, sum of K, n) each
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         if layer not in self.dk or self.call.cond == NO_ROWS:

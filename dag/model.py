@@ -83,8 +83,8 @@ def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = tor
 
     Returns the model in eval mode without gradients. `origin` of the result says what the file is taken for and which
     UNet of it is used, `ignored` names the file's entries that were not needed. Weights that are on the CPU and of the
-    file's dtype are mapped, not copied: the file must stay as it is while they are used.
-    Raises CheckpointError when the file is not what it should be.
+    file's dtype are mapped, not copied: the file must stay as it is while they are used (Checkpoint.tensor).
+    Raises CheckpointError when the file is not what it should be, warns of tensors of unknown origin.
     """
     file = checkpoint.read(MINIATURE / "shapes.safetensors" if path is None else path)
     configs = {c.name: c for c in (SD14, SHAPES)}
@@ -97,6 +97,6 @@ def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     ignored = known.check_complete(names, expected, file, config.name)
     sd = StableDiffusion.from_tensors(config, lambda name: file.tensor(names[name], device, dtype))
     sd.ignored = ignored
-    sd.origin = known.by_size(file.path.stat().st_size) if config is SD14 else config.name
+    sd.origin = known.by_size(file.file.size) if config is SD14 else config.name
     sd.origin += ", its EMA UNet" if any(name.startswith(known.EMA) for name in names.values()) else ""
     return sd

@@ -67,7 +67,7 @@ class Denoiser:
         """eps_s of a concept for some images, (images, 4, H, W)."""
         self.unet_rows[images] += 1
         call = Call(i, t, NO_ROWS, NO_ROWS, slice(0, len(images)), tuple(images), concept)
-        return self.unet(call, x[images], self.run.safety_context[concept].expand(len(images), -1, -1))
+        return self.unet(call, x[images], self.run.safety_context[concept].repeat(len(images), 1, 1))
 
     def inputs(self, i: int, x: Tensor, t: int) -> Inputs:
         """What a method is given at latent x and timestep t."""

@@ -29,6 +29,24 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture
+def leases(tmp_path):
+    """Skips where the system does not tell us that a file is about to be changed."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "lease").touch()
+    with open(tmp_path / "lease") as file:
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except (AttributeError, OSError):
+            pytest.skip("no leases here")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Programs take the CPU unless a test names a device: the suite is the same one where there is a GPU."""
+    monkeypatch.setattr("dag.cli.setup.default_device", lambda: "cpu")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

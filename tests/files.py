@@ -123,8 +123,8 @@ def write_safetensors(path: Path, entries: dict[str, Lazy]) -> None:
             file.write(_bytes(lazy))
 
 
-def write_ckpt(path: Path, entries: dict[str, Lazy], lightning: bool = True) -> None:
-    """A zip as torch.save writes it; with what Lightning 1.4 puts around the state_dict, or bare."""
+def write_ckpt(path: Path, entries: dict[str, Lazy], lightning: bool = True, protocol: int = 2, **more) -> None:
+    """A zip as torch.save writes it; with what Lightning 1.4 puts around the state_dict, and more, or bare."""
     content = OrderedDict(entries)
     if lightning:
         best = {"best_model_score": np.float64(0.25), "best_model_path": "last.ckpt"}
@@ -132,10 +132,10 @@ def write_ckpt(path: Path, entries: dict[str, Lazy], lightning: bool = True) -> 
             "epoch": 11, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "state_dict": content,
             "callbacks": {ModelCheckpoint: best},
             "optimizer_states": [{"state": {0: {"step": 3, "exp_avg": given(torch.zeros(4))}}, "param_groups": []}],
-            "lr_schedulers": [{"last_epoch": 470000, "_last_lr": [1e-4]}],
+            "lr_schedulers": [{"last_epoch": 470000, "_last_lr": [1e-4]}], **more,
         }  # fmt: skip
     stored: list[Lazy] = []
-    program = _pickle(content, stored)
+    program = _pickle(content, stored, protocol)
     with zipfile.ZipFile(path, "w") as archive:
         _put(archive, "archive/data.pkl", program)
         for key, lazy in enumerate(stored):
@@ -166,8 +166,8 @@ class _Storage(tuple):
 class _Pickler(pickle.Pickler):
     """Pickles Lazy as torch pickles a tensor: a call of its rebuild function on a storage outside the pickle."""
 
-    def __init__(self, file, stored: list[Lazy]):
-        super().__init__(file, protocol=2)
+    def __init__(self, file, stored: list[Lazy], protocol: int):
+        super().__init__(file, protocol)
         self.stored = stored
 
     def persistent_id(self, obj):
@@ -182,9 +182,9 @@ class _Pickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v2, (storage, 0, obj.shape, stride, False, OrderedDict())
 
 
-def _pickle(content, stored: list[Lazy]) -> bytes:
+def _pickle(content, stored: list[Lazy], protocol: int) -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer, stored).dump(content)
+    _Pickler(buffer, stored, protocol).dump(content)
     program = buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")  # as of numpy < 2
     ours = f"c{ModelCheckpoint.__module__}\nModelCheckpoint\n".encode()
     return program.replace(ours, b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n")

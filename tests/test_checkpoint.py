@@ -1,11 +1,18 @@
 """Loading checkpoints: every kind people have gives the same model, lean and strict; any other file gives one line."""
 
+import argparse
+import enum
 import os
+import pathlib
 import pickle
+import random
 import subprocess
 import sys
 import tracemalloc
-from collections import OrderedDict
+import typing
+import warnings
+import zipfile
+from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +26,7 @@ from dag.model import MINIATURE, StableDiffusion
 from tests.conftest import ROOT
 from tests.files import community, full_ema, given, half, original, write_ckpt, write_safetensors
 from tests.measure import hostile
-from weights import checkpoint, known
+from weights import checkpoint, known, pickled
 from weights.checkpoint import CheckpointError
 from weights.known import EMA, UNET
 
@@ -127,6 +134,66 @@ def test_safetensors_that_is_not_aligned(tmp_path):
     assert torch.equal(checkpoint.read(tmp_path / "x").tensor("a"), value)
 
 
+class DictConfig(dict):
+    """Stands for omegaconf's class of this name: a dictionary's subclass with attributes of classes of its own."""
+
+
+class Kind(enum.Enum):
+    A = "a"
+
+
+CONFIG = DictConfig(a=1)
+CONFIG.__dict__ |= {"_metadata": typing.Any, "_content": defaultdict(list, a=[Kind.A])}
+HYPERPARAMETERS = {
+    "argparse": argparse.Namespace(lr=1e-4, logdir=pathlib.Path("logs"), seed=None, kind=Kind),
+    "omegaconf": CONFIG,
+    "pathlib": pathlib.PurePosixPath("/a/b"),
+    "sets": {"set": {1, "a"}, "frozenset": frozenset([2, "b"])},
+    "numpy": {"array": np.arange(6.0).reshape(2, 3), "number": np.float32(1.5), "text": np.array(["a"])},
+    "keys": {0.5: 1, None: 2, True: 3, 1 << 40: 4, (1, 2): 5, b"6": 6, Kind.A: 7, -1: 8},
+    "numbers": [1 << 2100, float("nan"), -1.5, 1 << 70],
+    "collections": [deque([1, 2]), Counter("aab"), slice(1, 2), range(3), complex(1, 2), bytearray(b"a")],
+    "torch": [torch.float16, torch.device("cpu"), torch.Size([2]), torch.Generator],
+    "a function": os.system,
+    "a call": hostile.payload(os.system, "touch executed"),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("kind", HYPERPARAMETERS)
+def test_what_is_beside_the_weights(kind, protocol, tmp_path, monkeypatch):
+    """Hyperparameters of any kind load as placeholders; what they would call is neither imported nor called."""
+    monkeypatch.chdir(tmp_path)
+    write_ckpt(tmp_path / "x", {"a": given(torch.ones(2))}, protocol=protocol, b=HYPERPARAMETERS[kind])
+    assert torch.equal(checkpoint.read(tmp_path / "x").tensor("a"), torch.ones(2))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_tensor_of_unknown_origin(entries, weights, tmp_path):
+    """It is named in a warning, on one line whatever its name, and told with what is not used."""
+    stranger = "stranger\n\x1b[31m"
+    write_safetensors(tmp_path / "x", entries | {stranger: given(torch.ones(2))})
+    with pytest.warns(UserWarning, match=r"1 of unknown origin \(stranger\\n\\x1b\[31m\)") as said:
+        sd = dag.load(tmp_path / "x")
+    assert said[0].filename == __file__ and stranger in sd.ignored
+    same(sd, weights)
+    write_safetensors(tmp_path / "y", entries)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dag.load(tmp_path / "y")
+
+
+def test_no_checksum(tmp_path):
+    """torch.save can be told to write none."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(3)}, tmp_path / "x")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert zipfile.ZipFile(tmp_path / "x").infolist()[0].CRC == 0
+    assert torch.equal(checkpoint.read(tmp_path / "x").tensor("a"), torch.ones(3))
+
+
 def test_links_and_odd_names(ckpt, weights, tmp_path):
     link = tmp_path / "ein Bild  \u65e5\u672c.bin"
     link.symlink_to(ckpt)
@@ -195,7 +262,10 @@ def test_hostile_file(name, tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-HEAVY = "calls bytearray of a terabyte", "a pickle of 200 MB in 200 kB", "directory of 5 MB", "header of 5 MB"
+HEAVY = (
+    "calls bytearray of a terabyte", "a pickle of 200 MB in 200 kB", "directory of 5 MB", "header of 5 MB",
+    "a name of 2 MB, 20,000 times",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HEAVY)
@@ -224,31 +294,112 @@ def test_the_payloads_do_work(tmp_path, monkeypatch):
     assert (tmp_path / "executed").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*of unknown origin")
 def test_flipped_bytes_of_the_pickle(ckpt, tmp_path):
-    """Damage anywhere in the pickle is one line, or harmless; it never executes and never shows a traceback."""
-    whole = bytearray(ckpt.read_bytes())
-    start = whole.index(b"data.pkl") + 80
-    refused = 0
+    """Damage anywhere in the pickle is told by its checksum. With a checksum that fits, it is one line, or harmless; it
+    never executes and never shows a traceback.
+    """
+    whole, path, refused = bytearray(ckpt.read_bytes()), tmp_path / "x.ckpt", 0
+    start, field = whole.index(b"data.pkl") + 80, whole.rindex(b"archive/data.pkl") - 46 + 16
     for k in range(30):
         place = start + 193 * k
         whole[place] ^= 0x15
-        (tmp_path / "x.ckpt").write_bytes(whole)
+        path.write_bytes(whole)
         whole[place] ^= 0x15
+        with pytest.raises(CheckpointError, match="'archive/data.pkl' is not what was written"):
+            checkpoint.read(path)
+        with open(path, "r+b") as file:
+            file.seek(field)
+            file.write(bytes(4))  # none
         try:
-            dag.load(tmp_path / "x.ckpt")
+            dag.load(path)
         except CheckpointError as e:
-            assert str(e).isprintable()
+            assert str(e).isprintable() and "written" not in str(e)
             refused += 1
     assert refused >= 20
 
 
-def test_a_file_that_shrinks(ckpt, tmp_path):
+INSTRUCTIONS = (
+    *b"()]}Ntaesu01Rb.\x81\x85\x86\x87\x8f\x90\x91\x92\x93\x94", b"K\1", b"\x8c\1a", b"q\0", b"h\0", b"h\1", b"\x80\2",
+    b"\x80\6", b"cmy\nName\n", b"\x95\2\0\0\0\0\0\0\0", b"ccollections\nOrderedDict\n",
+)  # fmt: skip
+MISTAKES = ("stack underflow", "unexpected MARK", "could not find MARK", "unsupported pickle", "data was truncated")
+
+
+def test_the_machine_is_as_strict_as_pythons():
+    """Of 20,000 random programs, each that Python's machine refuses for its stack, marks or frames is refused here."""
+
+    class Anything(dict):
+        __init__ = __setstate__ = append = extend = add = lambda self, *args, **more: None
+
+    class Python(pickle.Unpickler):
+        def find_class(self, module, name):
+            return OrderedDict if name == "OrderedDict" else Anything
+
+    rng, seen = random.Random(0), Counter()
+    pieces = [bytes([piece]) if isinstance(piece, int) else piece for piece in INSTRUCTIONS]
+    for _ in range(20_000):
+        program = b"".join(rng.choices(pieces, k=rng.randint(1, 12))) + b"."
+        try:
+            Python(hostile.io.BytesIO(program)).load()
+            found = "accepted"
+        except Exception as e:
+            found = next((mistake for mistake in MISTAKES if mistake in str(e)), "refused otherwise")
+        if found in MISTAKES:
+            with pytest.raises((ValueError, TypeError, LookupError, AttributeError)):
+                pickled.run(program, {})
+        seen[found] += 1
+    assert min(seen[kind] for kind in (*MISTAKES, "accepted")) >= 50, seen
+
+
+# --- a file that changes
+
+OUT = UNET + "out.2.weight"
+
+
+@pytest.fixture
+def copy(ckpt, tmp_path):
+    """A file of our own, last changed long ago."""
     path = tmp_path / "x"
     path.write_bytes(ckpt.read_bytes())
-    file = checkpoint.read(path)
-    os.truncate(path, 1000)
-    with pytest.raises(CheckpointError, match="became shorter"):
-        file.tensor(UNET + "out.2.weight", dtype=torch.float16)
+    os.utime(path, (0, 0))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # read, mapped
+@pytest.mark.parametrize("change", ["cut", "emptied", "overwritten"])
+def test_a_file_that_is_changed_before_it_is_read(change, dtype, copy):
+    file, size = checkpoint.read(copy), copy.stat().st_size
+    if change == "overwritten":
+        copy.write_bytes(bytes(size))
+    else:
+        os.truncate(copy, 1000 if change == "cut" else 0)
+    with pytest.raises(CheckpointError, match="x: was changed while it was read"):
+        file.tensor(OUT, dtype=dtype)
+
+
+def test_a_file_that_is_replaced(copy, entries, monkeypatch):
+    """The table and the tensors are of one file, even when another takes its name in between."""
+    other, run = copy.with_name("other"), pickled.run
+    other.write_bytes(bytes(copy.stat().st_size))
+    monkeypatch.setattr(pickled, "run", lambda *args: (os.replace(other, copy), run(*args))[1])
+    file = checkpoint.read(copy)
+    assert not other.exists()
+    read, mapped = file.tensor(OUT, dtype=torch.float64), file.tensor(OUT)
+    other.write_bytes(b"another")
+    os.replace(other, copy)
+    assert torch.equal(read.float(), entries[OUT].make()) and torch.equal(mapped, entries[OUT].make())
+
+
+@pytest.mark.parametrize("change", [lambda copy: os.truncate(copy, 1000), lambda copy: copy.write_bytes(b"")])
+def test_a_file_that_is_changed_in_use(change, copy, weights, leases):
+    """Who wants to cut it or write over it waits; we are told first, and the weights are whole."""
+    sd = dag.load(copy)
+    with pytest.raises(CheckpointError, match="x: is being changed while its weights are in use; start again"):
+        change(copy)
+    same(sd, weights)
+    del sd
+    os.truncate(copy, 1000)  # nobody needs it now
 
 
 # --- which file it is

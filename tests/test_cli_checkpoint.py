@@ -1,12 +1,15 @@
 """sample.py with a checkpoint of one's own: what it is said to be, --verify, --debug."""
 
 import json
+import os
 
 import pytest
+import torch
 
 import sample
+from dag.cli import pictures
 from dag.config import SHAPES
-from tests.files import full_ema, original, write_ckpt
+from tests.files import full_ema, given, original, write_ckpt
 from weights import checkpoint, known
 
 
@@ -49,3 +52,42 @@ def test_verify_needs_a_file(tmp_path, capsys):
     assert "--verify needs --ckpt" in capsys.readouterr().err
     assert drawn(tmp_path / "none", tmp_path, "--verify") == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_warns_of_a_tensor_of_unknown_origin(tmp_path, capsys):
+    write_ckpt(tmp_path / "x", original(SHAPES) | {"stranger": given(torch.ones(2))})
+    assert drawn(tmp_path / "x", tmp_path) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'x'}: tensors not used, 1 of unknown origin (stranger)")
+
+
+def test_a_file_that_is_cut_during_the_run(ckpt, tmp_path, capsys, monkeypatch, leases):
+    """One line, and the pictures finished before it stay, with their report."""
+    copy, save = tmp_path / "x", pictures.save_png
+    copy.write_bytes(ckpt.read_bytes())
+
+    def save_and_cut(*args) -> None:
+        save(*args)
+        if len(list((tmp_path / "out").glob("*.png"))) == 2:
+            os.truncate(copy, 1000)  # waits until we are told
+
+    monkeypatch.setattr(pictures, "save_png", save_and_cut)
+    assert drawn(copy, tmp_path / "out", "--n-images", "3", "--batch-size", "1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sample.py: {copy}: is being changed while its weights are in use")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["pictures"] and all((tmp_path / "out" / entry["file"]).exists() for entry in report["pictures"])
+
+
+def test_file_names_that_are_not_utf8(ckpt, tmp_path, capsys):
+    """Read, told, written down so that the same file is found again."""
+    try:
+        folder = tmp_path / os.fsdecode(b"caf\xe9")
+        folder.mkdir()
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    (folder / "x.ckpt").symlink_to(ckpt)
+    assert drawn(folder / "x.ckpt", folder / "out") == 0
+    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["settings"]["model"] == str(folder / "x.ckpt") and len(report["pictures"]) == 1
+    assert "caf\\udce9" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("triton")
 import dag
 import sample
 from dag.cam import attention_with_maps
+from dag.cli import setup
 from dag.config import SD14
 from dag.tokens import Reading
 from kernels import choice
@@ -207,6 +209,30 @@ def test_unguided_beside_guided(random_model):
     assert calls == [[]] * (len(calls) // 2) + [[1]] * (len(calls) // 2)
 
 
+@pytest.mark.full
+def test_compiled_unet(monkeypatch):
+    """A graph for the estimates of a step, one for the safety estimate of an image, one for those of several; one more
+    when the batch changes for the first time."""
+    graphs, kinds = [], {0}
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    sd = dag.load(device="cpu")
+    tokens = dag.GuidelineTokens.load(ROOT / "weights" / "shapes" / "red-circle.safetensors")
+    runs = ["a red circle", "a blue star", "a red circle"], ["a red circle"] * 4, ["a green square"] * 2
+    alone = [list(dag.sample(sd, prompts, dag.DAG(tokens), 9)) for prompts in runs]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    setup.compile_unet(sd)
+    for prompts, eager in zip(runs, alone, strict=True):
+        steps = list(dag.sample(sd, prompts, dag.DAG(tokens), 9))
+        kinds |= {min(2, int(step.guided.sum())) for step in steps} | {"another batch" for _ in prompts[3:]}
+        assert len(graphs) == len(kinds) >= 2
+        assert [step.guided.tolist() for step in steps] == [step.guided.tolist() for step in eager]
+        assert all(torch.equal(ours.x, own.x) for ours, own in zip(steps, eager, strict=True))
+
+
 def test_fused_on_the_cpu_is_one_line(tmp_path, capsys):
     assert sample.main(["--attention", "fused", "--device", "cpu", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -215,7 +241,7 @@ def test_fused_on_the_cpu_is_one_line(tmp_path, capsys):
 
 
 def test_fused_without_triton_is_one_line(tmp_path):
-    argv = ["--attention", "fused", "--out", str(tmp_path)]
+    argv = ["--attention", "fused", "--device", "cpu", "--out", str(tmp_path)]
     script = f"import sys; sys.modules['triton'] = None; import sample; sys.exit(sample.main({argv}))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     (line,) = done.stderr.strip().splitlines()

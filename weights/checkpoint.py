@@ -2,7 +2,8 @@
 
 Both kinds are raw tensors and a table that says where each lies: JSON in a .safetensors, a zip directory and a pickle
 in a .ckpt (weights/pickled.py runs it). The table is checked against the file before a tensor is touched; then tensors
-are read one at a time, or memory-mapped where nothing has to be converted. This module knows nothing of the model.
+are read one at a time, or memory-mapped where nothing has to be converted: a read of 1.2 GB of float32 would take one
+to three seconds, the map takes none. This module knows nothing of the model.
 """
 
 import hashlib
@@ -11,17 +12,28 @@ import json
 import math
 import mmap
 import os
+import signal
 import struct
+import threading
 import zipfile
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from . import pickled
-from .pickled import Entry
+from .pickled import Entry, Placeholder
+
+try:
+    from fcntl import F_RDLCK, F_SETLEASE, fcntl
+except ImportError:  # not Linux
+    fcntl = None
 
 FOREIGN = {  # first bytes -> what the file is
     b"\xff\xd8\xff": "a JPEG picture",
@@ -53,39 +65,93 @@ class CheckpointError(ValueError):
     """A file that is not a usable checkpoint. The message is one line: what, found, expected, what to do."""
 
 
+class File(io.FileIO):
+    """An open file that knows whether it has changed, and reads TABLE bytes at most: no zip directory fills memory."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.path, self.size, self._opened = path, os.fstat(self.fileno()).st_size, self._state()
+
+    def __del__(self):  # nothing is left to be read
+        self.close()
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def read(self, n: int = -1) -> bytes:
+        return super().read(min(n, TABLE) if n >= 0 else TABLE)
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if the file is not what it was when it was opened."""
+        if self._state() != self._opened:
+            raise CheckpointError(f"{self.path}: was changed while it was read; start again when it is complete")
+
+
 @dataclass
 class Checkpoint:
     """An open checkpoint: the table of its tensors, and access to them one by one."""
 
-    path: Path
+    file: File
     entries: dict[str, Entry]
     metadata: dict[str, str] = field(default_factory=dict)  # of a .safetensors; a .ckpt has none
+    foreign: dict[str, str] = field(default_factory=dict)  # names of a .ckpt that are no tensors -> what makes them
 
-    def __post_init__(self):
-        self._file = open(self.path, "rb", buffering=0)
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @cached_property
     def _map(self) -> mmap.mmap:
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes never reach the file
+        self.file.check_unchanged()
+        content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: writes never reach the file
+        _MAPPED[content] = self.path
+        own = signal.getsignal(signal.SIGIO) in (signal.SIG_DFL, _stop) if fcntl else False
+        if own and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGIO, _stop)
+            with suppress(OSError):  # another user's file, or a file system without leases
+                fcntl(self.file.fileno(), F_SETLEASE, F_RDLCK)
+        return content
+
+    def refuse_foreign(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError if one of these entries would have to be made by calling what is not listed."""
+        if called := next((self.foreign[name] for name in names if name in self.foreign), None):
+            raise CheckpointError(
+                f"{self.path}: its pickle calls {called!r} for a tensor, nothing was executed; expected tensors as "
+                "torch.save writes them: get a .safetensors copy"
+            )
 
     def tensor(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, in a dtype (None: the file's) and on a device.
 
-        What the CPU can use as it lies in the file is mapped and costs nothing until it is touched; the file must then
+        What the CPU can use as it lies in the file is mapped and costs nothing until it is touched. Linux then holds
+        back whoever wants to write to the file and tells us first (a lease, if the file is our own); elsewhere it must
         stay unchanged as long as the tensor lives. Anything else is read and converted, and only the result stays.
-        Raises CheckpointError if the file has become shorter.
+        Raises CheckpointError if the file has changed since it was opened.
         """
         dtype_, shape, stride, offset = entry = self.entries[name]
         nbytes = entry.span * dtype_.itemsize
         as_it_lies = torch.device(device).type == "cpu" and dtype in (None, dtype_) and offset % dtype_.itemsize == 0
         if as_it_lies and nbytes:
             flat = torch.frombuffer(self._map, dtype=dtype_, count=entry.span, offset=offset)
+            self.file.check_unchanged()
             return flat.as_strided(shape, stride)
         raw = torch.empty(nbytes, dtype=torch.uint8)
-        self._file.seek(offset)
-        if self._file.readinto(raw.numpy()) != nbytes:
-            raise CheckpointError(f"{self.path}: became shorter while it was read; download it again")
+        self.file.seek(offset)
+        complete = self.file.readinto(raw.numpy()) == nbytes
+        self.file.check_unchanged()
+        if not complete:
+            raise CheckpointError(f"{self.path}: {name[:80]!r} cannot be read in full; download it again")
         return raw.view(dtype_).as_strided(shape, stride).to(device, dtype)
+
+
+_MAPPED = WeakKeyDictionary()  # mapping -> the file's path, as long as a tensor needs it
+
+
+def _stop(*_) -> None:
+    """Linux waits for us before it lets a mapped file be cut or written over; with the weights gone, we would crash."""
+    files = " or ".join(sorted(set(map(str, _MAPPED.values()))))
+    raise CheckpointError(f"{files}: is being changed while its weights are in use; start again")
 
 
 def read(path: str | Path) -> Checkpoint:
@@ -104,33 +170,32 @@ def read(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{path}: is {kind}; expected one .ckpt or .safetensors file of the original layout")
         if not path.is_file():
             raise CheckpointError(f"{path}: is not a regular file; expected a .ckpt or .safetensors checkpoint")
-        with open(path, "rb", buffering=0) as file:
-            size, head = os.fstat(file.fileno()).st_size, file.read(32)
+        file = File(path)
+        try:
+            head = file.read(32)
             if not head:
                 raise CheckpointError(f"{path}: the file is empty; download it again")
             if head.startswith(b"PK\x03\x04"):
-                return Checkpoint(path, _ckpt(path, file))
-            length = int.from_bytes(head[:8], "little")
+                return _ckpt(path, file)
             if head[8:9] == b"{":
-                return Checkpoint(path, *_safetensors(path, file, size, length))
+                return _safetensors(path, file, int.from_bytes(head[:8], "little"))
+            kind = next(
+                (what for magic, what in FOREIGN.items() if head.lstrip().startswith(magic)), "of no known kind"
+            )
+            raise CheckpointError(f"{path}: the file is {kind}; expected a .ckpt or .safetensors checkpoint")
+        except BaseException:
+            file.close()
+            raise
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
-    kind = next((what for magic, what in FOREIGN.items() if head.lstrip().startswith(magic)), "of no known kind")
-    raise CheckpointError(f"{path}: the file is {kind}; expected a .ckpt or .safetensors checkpoint")
 
 
-class Bounded(io.FileIO):
-    """A file that gives at most TABLE bytes at once, so that no directory of a zip can fill memory."""
-
-    def read(self, n: int = -1) -> bytes:
-        return super().read(min(n, TABLE) if n >= 0 else TABLE)
-
-
-def _ckpt(path: Path, file) -> dict[str, Entry]:
-    """The table of a .ckpt: a zip of a pickle, `NAME/data.pkl`, and of raw tensors, `NAME/data/KEY`."""
+def _ckpt(path: Path, file: File) -> Checkpoint:
+    """A .ckpt: a zip of a pickle, `NAME/data.pkl`, and of raw tensors, `NAME/data/KEY`."""
     try:
-        with Bounded(path) as bounded, zipfile.ZipFile(bounded) as archive:
+        with zipfile.ZipFile(file) as archive:
             places = _places(path, file, archive)
+            sums = {info.orig_filename: info.CRC for info in archive.infolist()}
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as e:
@@ -154,28 +219,30 @@ def _ckpt(path: Path, file) -> dict[str, Entry]:
                 f"{path}: {name[-80:]!r} of {end - begin} bytes, expected at most {TABLE}; download it again"
             )
         file.seek(begin)
-        return file.read(end - begin)
+        read = file.read(end - begin)
+        if sums[name] not in (0, zlib.crc32(read)):  # 0: torch.save was told to leave it out
+            raise CheckpointError(f"{path}: damaged .ckpt, {name[-80:]!r} is not what was written; download it again")
+        return read
 
     if root + "byteorder" in places and content(root + "byteorder") != b"little":
         raise CheckpointError(f"{path}: written by a big-endian machine; re-save it as .safetensors")
     program = content(pickles[0])
     try:
-        result = pickled.run(program, {k.removeprefix(root + "data/"): v for k, v in places.items()})
-        state = result.get("state_dict", result)
-        entries = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Entry)}
-    except pickled.Unlisted as e:
-        raise CheckpointError(
-            f"{path}: its pickle calls {str(e)[:80]!r}, nothing was executed; expected tensors only: get a "
-            ".safetensors copy"
-        ) from e
+        made = pickled.run(program, {k.removeprefix(root + "data/"): v for k, v in places.items()})
+        state = {"": made} if isinstance(made, Placeholder) else made.get("state_dict", made)
+        state = {"state_dict": state} if isinstance(state, Placeholder) else state
+        entries = {k: v for k, v in state.items() if isinstance(v, Entry)}
+        foreign = {k: v.name for k, v in state.items() if isinstance(v, Placeholder)}
     except Exception as e:  # a damaged program can fail in any way
         raise CheckpointError(f"{path}: damaged .ckpt, its pickle is no table of tensors; nothing was executed") from e
+    found = Checkpoint(file, entries, foreign=foreign)
     if not entries:
+        found.refuse_foreign(foreign)
         raise CheckpointError(f"{path}: holds no named tensors; expected a state_dict of Stable Diffusion 1.x")
-    return entries
+    return found
 
 
-def _places(path: Path, file, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
+def _places(path: Path, file: File, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
     """Name -> (begin, end) of each entry's bytes. One rule: stored entries, inside the file, each where it says."""
     places, headers = {}, {}
     for info in archive.infolist():
@@ -205,10 +272,10 @@ def _places(path: Path, file, archive: zipfile.ZipFile) -> dict[str, tuple[int, 
     return places
 
 
-def _safetensors(path: Path, file, size: int, length: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The table at the head of a .safetensors: 8 bytes of length, JSON, and behind it the tensors."""
-    if length + 8 > size:
-        raise CheckpointError(f"{path}: truncated, {size} bytes end inside the header; download it again")
+def _safetensors(path: Path, file: File, length: int) -> Checkpoint:
+    """A .safetensors: 8 bytes of length, a table in JSON, and behind it the tensors."""
+    if length + 8 > file.size:
+        raise CheckpointError(f"{path}: truncated, {file.size} bytes end inside the header; download it again")
     if length > TABLE:
         raise CheckpointError(f"{path}: a header of {length} bytes, expected at most {TABLE}; download it again")
     file.seek(8)
@@ -224,11 +291,11 @@ def _safetensors(path: Path, file, size: int, length: int) -> tuple[dict[str, En
     if not entries:
         raise CheckpointError(f"{path}: holds no tensors; expected a checkpoint of Stable Diffusion 1.x")
     end = apart(path, places, 8 + length)
-    if end != size:
-        what = "truncated" if size < end else "damaged"
-        raise CheckpointError(f"{path}: {what}, its header tells of {end} bytes, found {size}; download it again")
+    if end != file.size:
+        what = "truncated" if file.size < end else "damaged"
+        raise CheckpointError(f"{path}: {what}, its header tells of {end} bytes, found {file.size}; download it again")
     texts = metadata.items() if isinstance(metadata, dict) else ()
-    return entries, {key: value for key, value in texts if isinstance(value, str)}
+    return Checkpoint(file, entries, {key: value for key, value in texts if isinstance(value, str)})
 
 
 def _once(pairs: list[tuple]) -> dict:

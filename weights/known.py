@@ -3,6 +3,7 @@
 Sizes and hashes are those that installers and manifests of public projects agree on.
 """
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -117,6 +118,7 @@ def recognise(file: Checkpoint, widths: dict[str, tuple[int, int, int]]) -> str:
         raise CheckpointError(f"{file.path}: this is {kind}; expected an SD 1.x checkpoint of the original layout")
     first, key = shapes.get(FIRST, ()), shapes.get(KEY, ())
     if len(first) != 4 or len(key) != 2:
+        file.refuse_foreign((FIRST, KEY))
         raise CheckpointError(
             f"{file.path}: no UNet of Stable Diffusion 1.x in it; found {len(shapes)} tensors "
             f"({first_three(sorted(shapes))})"
@@ -133,19 +135,22 @@ def recognise(file: Checkpoint, widths: dict[str, tuple[int, int, int]]) -> str:
 
 def locate(expected: Iterable[str], file: Checkpoint) -> dict[str, str]:
     """Our name of each tensor -> the file's. They differ for an averaged UNet, which is preferred, and for old text."""
+    there = file.entries.keys() | file.foreign
     averaged = {name: EMA + name.removeprefix(UNET).replace(".", "") for name in expected if name.startswith(UNET)}
-    if not any(name in file.entries for name in averaged.values()):
+    if there.isdisjoint(averaged.values()):
         averaged = {}
-    older = {name: name.replace(TEXT, OLD_TEXT) for name in expected if name not in file.entries}
-    older = {name: old for name, old in older.items() if old in file.entries}
+    older = {name: name.replace(TEXT, OLD_TEXT) for name in expected if name not in there}
+    older = {name: old for name, old in older.items() if old in there}
     return {name: averaged.get(name) or older.get(name, name) for name in expected}
 
 
 def check_complete(where: dict[str, str], expected: dict[str, Tensor], file: Checkpoint, model: str) -> list[str]:
-    """Names, shapes and kind must be exactly the model's. Returns the file's names that are of known origin but unused.
+    """Every tensor of the model must be there, of its shape and kind. Returns the file's names that are not used.
 
+    Warns of those whose origin is not known: with them the file may be of another model.
     where: our name -> the file's; expected: our name -> a tensor of the right shape. Raises CheckpointError.
     """
+    file.refuse_foreign(where.values())
     used, entries = set(where.values()), file.entries
     # Whether the rest is of known origin: a UNet that was trained, beside its average; text under old and new names.
     rest = {
@@ -155,7 +160,6 @@ def check_complete(where: dict[str, str], expected: dict[str, Tensor], file: Che
     }
     faults = {
         "missing": [name for name in where.values() if name not in entries],
-        "unexpected": [name for name, known_origin in rest.items() if not known_origin],
         "of wrong shape": [
             f"{there} {entries[there].shape} instead of {tuple(expected[name].shape)}"
             for name, there in where.items()
@@ -168,6 +172,9 @@ def check_complete(where: dict[str, str], expected: dict[str, Tensor], file: Che
     found = "; ".join(f"{what}: {len(names)} ({first_three(names)})" for what, names in faults.items() if names)
     if found:
         raise CheckpointError(f"{file.path}: not a complete {model} checkpoint, tensors {found}")
+    if strangers := [name for name, known_origin in rest.items() if not known_origin]:
+        found = f"{len(strangers)} of unknown origin ({first_three(strangers)})"
+        warnings.warn(f"{file.path}: tensors not used, {found}: it may draw otherwise elsewhere", stacklevel=3)
     return list(rest)
 
 

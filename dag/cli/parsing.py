@@ -120,6 +120,8 @@ def warn(message: str) -> None:
 def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int:
     """Run a program; every expected failure becomes one line and an exit status: 2 usage, 1 data, 130 Ctrl-C."""
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may be in no encoding that the terminal knows
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run()
     except KeyboardInterrupt:

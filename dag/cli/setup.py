@@ -1,15 +1,18 @@
 """What both programs do before they start: open the model and its tokens, check texts and the output folder."""
 
 import argparse
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import dag
+from dag.attention import Hook
 from dag.cam import AttentionWithMaps
 from dag.config import DAGConfig
 from dag.model import MINIATURE
@@ -21,16 +24,23 @@ from weights.files import atomic_write
 from .parsing import UsageError, turned, warn
 
 
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]:
     """Load what --ckpt, --device and --dtype ask for; returns the model, the device and the dtype's name."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
     try:
         torch.zeros(1, device=device)
     except Exception as e:  # every backend has its own
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UsageError(f"--device {device}: not available here ({reason}); try --device cpu") from e
-    sd = dag.load(args.ckpt, device, getattr(torch, dtype))
+    with warnings.catch_warnings(record=True) as raised:
+        sd = dag.load(args.ckpt, device, getattr(torch, dtype))
+    for warning in raised:
+        warn(str(warning.message))
     if args.ckpt is not None:
         print(f"{args.ckpt}: {sd.origin}")
     if device == "cpu" and dtype == "float16":
@@ -97,6 +107,23 @@ def out_of_memory(e: Exception) -> bool:
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(word in str(e) for word in words)
 
 
+def compile_unet(sd: dag.StableDiffusion) -> None:
+    """Have torch.compile make one graph of the UNet, on its first call of each kind; only the batch may vary.
+
+    The kinds are the estimates of a step with maps, those without, and safety estimates, of one image or of several;
+    the first change of the batch, often a last smaller one, makes one more. A hook that reads the step or timestep of
+    its `call` would have it compiled again at every step.
+    """
+    compiled = torch.compile(sd.unet.forward, fullgraph=True)
+
+    def forward(x: Tensor, t: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
+        for each in (x, t, context):
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+        return compiled(x, t, context, hooks)
+
+    sd.unet.forward = forward
+
+
 def check_text(sd: dag.StableDiffusion, name: str, text: str) -> None:
     """Warn of words that do not fit or that the model was never taught. name: what the text is, for the warning."""
     if rest := dropped(sd.text, text):
@@ -156,5 +183,6 @@ def writable(folder: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
+    """Write UTF-8. What it has no bytes for, from file names in another encoding, becomes \\udcXX, as JSON has it."""
     with atomic_write(path) as temporary:
-        temporary.write_text(content + "\n", encoding="utf-8")
+        temporary.write_text(content + "\n", encoding="utf-8", errors="backslashreplace")

@@ -127,8 +127,13 @@ def payload(function, *args) -> object:
 
 
 def calls(function, *args, protocol: int = 2) -> Make:
-    """A .ckpt with a payload."""
-    return program(pickle.dumps({"state_dict": {}, "callbacks": payload(function, *args)}, protocol))
+    """A .ckpt with a payload for its only tensor."""
+    return program(pickle.dumps({"state_dict": {"a": payload(function, *args)}}, protocol))
+
+
+def needs(value) -> Make:
+    """The miniature, with this in the place of a weight."""
+    return lambda path: write_ckpt(path, original(SHAPES) | {OUT: value})
 
 
 def push(value) -> bytes:
@@ -153,6 +158,11 @@ def tensor(first=0, shape=(4,), stride=(1,), numel=16, key="0", kind="FloatStora
 def doubling(depth: int) -> bytes:
     """A tuple of 2**depth parts, which takes as many steps to hash or to write out."""
     return b")" + b"q\x00h\x00\x86" * depth
+
+
+def repeated(nbytes: int, count: int) -> bytes:
+    """A class of a long name, asked for many times."""
+    return push("x" * nbytes) + b"\x94" + b"h\0h\0\x93" * count
 
 
 def colliding(count: int) -> bytes:
@@ -237,7 +247,7 @@ FILES: dict[str, tuple[Make, str]] = {
     "old torch file": (plain(saved(_use_new_zipfile_serialization=False)), "a bare pickle (an old torch file"),
     "pickle that calls os.system": (plain(pickle.dumps(payload(os.system, "touch executed"))), "a bare pickle"),
     # programs in pickles
-    "calls os.system": (calls(os.system, "touch executed"), "calls 'posix.system', nothing was executed"),
+    "calls os.system": (calls(os.system, "touch executed"), "calls 'posix.system' for a tensor, nothing was executed"),
     "same, protocol 4": (calls(os.system, "touch executed", protocol=4), "calls 'posix.system'"),
     "same, protocol 0": (calls(os.system, "touch executed", protocol=0), NO_TABLE),
     "calls eval": (calls(eval, "open('executed', 'w')"), "calls '__builtin__.eval'"),
@@ -249,19 +259,52 @@ FILES: dict[str, tuple[Make, str]] = {
     "calls bytearray of a terabyte": (calls(bytearray, 10**12, protocol=4), "calls 'builtins.bytearray'"),
     "names a class in a string": (program(b"\x80\x02X\x0c\0\0\0posix.systemX\x0e\0\0\0touch executed\x85R."), NO_TABLE),
     "INST of os.system": (program(b"\x80\x02(X\x0e\0\0\0touch executediposix\nsystem\n."), NO_TABLE),
-    "OBJ of os.system": (program(b"\x80\x02(cposix\nsystem\nX\x0e\0\0\0touch executedo."), "calls 'posix.system'"),
+    "OBJ of os.system": (program(b"\x80\x02(cposix\nsystem\nX\x0e\0\0\0touch executedo."), NO_TABLE),
+    "a weight by os.system": (needs(payload(os.system, "touch executed")), "calls 'posix.system' for a tensor"),
+    "a weight that is a function": (needs(os.system), "calls 'posix.system' for a tensor"),
+    "weights in a class of their own": (
+        program(b"\x80\x02}" + push("state_dict") + b"cmy\nDict\n)\x81" + push("a") + b"K\0ss."),
+        "calls 'my.Dict' for a tensor",
+    ),
+    "everything in a class of its own": (program(b"\x80\x02cmy\nModule\n)\x81}b."), "calls 'my.Module' for a tensor"),
+    "weight of an unlisted shape": (
+        program(
+            b"\x80\x02}" + push("a") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\0cmy\nSize\n))tRs."
+        ),
+        "calls 'my.Size' for a tensor",
+    ),
     "extension registry": (program(b"\x80\x02\x82\x01."), NO_TABLE),
     "name with a line break": (program(b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93."), "calls 'a\\nb.c'"),
-    "key that takes forever to hash": (program(b"\x80\x02}" + doubling(60) + b"K\0s."), NO_TABLE),
+    "key that takes forever to hash": (program(b"\x80\x02}" + doubling(60) + b"K\0s."), "holds no named tensors"),
     "storage class that takes forever to hash": (program(storage(doubling(60)) + b"."), NO_TABLE),
     "storage key nested deeper than C's stack": (program(storage(key=b")" + b"\x85" * 400_000) + b"."), NO_TABLE),
     "name that takes forever to write out": (program(b"\x80\x04" + doubling(40) + b"\x8c\x01a\x93."), NO_TABLE),
-    "keys that all have one hash": (program(colliding(100_000)), NO_TABLE),
+    "keys that all have one hash": (program(colliding(100_000)), "holds no named tensors"),
+    "a name of 2 MB, 20,000 times": (
+        program(b"\x80\x04" + repeated(2 << 20, 20_000) + b"}."),
+        "holds no named tensors",
+    ),
     "no end": (program(b"\x80\x02}"), NO_TABLE),
     "unknown instruction": (program(b"\x80\x02}\xfe."), NO_TABLE),
     "string longer than the file": (program(b"\x80\x02X\xff\xff\xff\x7fa."), NO_TABLE),
     "memo that was never put": (program(b"\x80\x02h\x07."), NO_TABLE),
     "pop from an empty stack": (program(b"\x80\x02R."), NO_TABLE),
+    "tuple of more than there is": (program(b"\x80\x02K\0\x87}."), NO_TABLE),
+    "tuple over a mark": (program(b"\x80\x02K\0(\x85}."), NO_TABLE),
+    "end right behind a mark": (program(b"\x80\x02}(."), NO_TABLE),
+    "list without a mark": (program(b"\x80\x02]K\0e}."), NO_TABLE),
+    "list below a mark": (program(b"\x80\x02](K\0a}."), NO_TABLE),
+    "attributes of nothing": (program(b"\x80\x02Nb}."), NO_TABLE),
+    "arguments that are a list": (program(b"\x80\x02ccollections\nOrderedDict\n]R."), NO_TABLE),
+    "items added to no set": (program(b"\x80\x04}](K\0\x90."), NO_TABLE),
+    "protocol 6": (program(b"\x80\x06}."), NO_TABLE),
+    "frame longer than the program": (program(b"\x80\x04\x95" + struct.pack("<Q", 9) + b"}."), NO_TABLE),
+    "frame that ends where it says": (
+        program(b"\x80\x04\x95" + struct.pack("<Q", 2) + b"}."),
+        "holds no named tensors",
+    ),
+    "pickle with a wrong checksum": (directory(b"data.pkl", 16, b"crc!"), "'archive/data.pkl' is not what was written"),
+    "byte order with a wrong checksum": (directory(b"byteorder", 16, b"crc!"), "'archive/byteorder' is not what was"),
     "a list": (program(pickle.dumps([1, 2], 2)), NO_TABLE),
     "state_dict that is a list": (program(pickle.dumps({"state_dict": [1]}, 2)), NO_TABLE),
     "no tensors": (program(pickle.dumps({"epoch": 1}, 2)), "holds no named tensors"),
@@ -375,7 +418,6 @@ FILES: dict[str, tuple[Make, str]] = {
     "missing tensors": (without(UNET + "out.2", VAE + "quant_conv"), "tensors missing: 4 ("),
     "no text encoder": (without(TEXT), "tensors missing: 36 ("),
     "half an averaged UNet": (plus(EMA + "out2bias", 4), f"tensors missing: 685 ({EMA}"),
-    "unexpected tensor": (plus("stranger\n\x1b[31m", 1), "unexpected: 1 (stranger\\n\\x1b[31m)"),
     "wrong shape": (plus(OUT, 4, 4), f"of wrong shape: 1 ({OUT} (4, 4) instead of (4, 32, 3, 3))"),
     "weights of whole numbers": (plus(OUT, 4, 32, 3, 3, dtype=torch.int32), f"not of floating point: 1 ({OUT})"),
     "a stranger": (names(a=(1,)), "no UNet of Stable Diffusion 1.x in it; found 1 tensors (a)"),
