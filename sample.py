@@ -13,10 +13,10 @@ import json
 import re
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from dag.cli.parsing import Parser, UsageError, guarded, methods, number, side, warn
+from dag.cli.parsing import Parser, UsageError, given, guarded, methods, number, side, warn
 from dag.config import METHODS, SD14, SHAPES, SIDE, STEPS
 
 SHEET = 64  # pictures per method that the contact sheet shows at most
@@ -29,7 +29,8 @@ def parser() -> Parser:
     parser.add_model()
     add("--verify", action="store_true", help="hash the --ckpt file and stop if it is not a published one")
     add("--prompt", action="append", metavar="TEXT", help="what to draw; may be given several times")
-    add("--prompts", type=Path, metavar="FILE", help="a text file with one prompt per line")
+    lines = 'one prompt per line, or .jsonl: {"prompt": TEXT} per line and, if you like, a "seed" and an "id"'
+    add("--prompts", type=Path, metavar="FILE", help=f"a text file, {lines}")
     add("--steps", type=number(int, 1, 1000), default=STEPS, help=f"denoising steps, 1 to 1000 (default: {STEPS})")
     scales = f"{SD14.scale:g}, miniature {SHAPES.scale:g}"
     add("--scale", type=number(float, 0, 1000), help=f"guidance scale s_g (default: {scales})")
@@ -44,31 +45,57 @@ def parser() -> Parser:
     columns = f"a column for each: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)"
     add("--guidance", type=methods, metavar="LIST", help=columns)
     add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
-    add("--safety-text", metavar="TEXT", help="what guidance pushes away from (default: the token file's)")
+    authors = "; sld-*: its authors' own 20 concepts, but for the miniature, which does not know the words"
+    add("--safety-text", metavar="TEXT", help=f"what guidance pushes away from (default: the token file's{authors})")
     add("--detect", type=Path, metavar="PICTURE", help="draw nothing; say what the tokens see in this picture")
     add("--save-maps", action="store_true", help="also write A of every step, as .npy and as a picture")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the results go (default: out)")
+    add("--resume", action="store_true", help="draw what is missing in --out of a run with the same settings")
+    parser.add_constants()
     return parser
 
 
-def prompts_of(args: argparse.Namespace) -> list[str] | None:
-    """All prompts asked for; None when neither --prompt nor --prompts was given."""
+def prompts_of(args: argparse.Namespace) -> list[dict] | None:
+    """What each report entry starts from: a prompt, and the seed and id of its line if it has them.
+
+    None when neither --prompt nor --prompts was given.
+    """
     if args.prompt is None and args.prompts is None:
         return None
-    prompts = list(args.prompt or [])
+    prompts = [{"prompt": text} for text in args.prompt or []]
     if args.prompts is not None:
         try:
-            lines = args.prompts.read_text(encoding="utf-8").splitlines()
+            lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
         except OSError as e:
             raise ValueError(
                 f"{args.prompts}: cannot be read ({e.strerror}); expected a text file, one prompt per line"
             ) from e
         except UnicodeDecodeError as e:
             raise ValueError(f"{args.prompts}: is not UTF-8 text; expected one prompt per line") from e
-        prompts += [line.strip() for line in lines if line.strip()]
+        lines = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+        if args.prompts.suffix == ".jsonl":
+            prompts += [from_json(line, f"{args.prompts}, line {number}") for number, line in lines.items()]
+        else:
+            prompts += [{"prompt": line} for line in lines.values()]
         if not prompts:
             raise ValueError(f"{args.prompts}: no prompts in it; expected one per line")
     return prompts
+
+
+def from_json(line: str, place: str) -> dict:
+    """prompt, seed and id of a line of a .jsonl file; the last two need not be there. Raises ValueError."""
+    try:
+        read = json.loads(line)
+        json.dumps(read, ensure_ascii=False).encode()  # half a surrogate pair could not be written into the report
+        read = {key: read[key] for key in ("prompt", "seed", "id") if key in read}
+    except (ValueError, TypeError, RecursionError):
+        read = {}
+    seed, name = read.get("seed", 0), read.get("id", "")
+    seeded = type(seed) is int and 0 <= seed <= 2**62
+    if not (isinstance(read.get("prompt"), str) and seeded and isinstance(name, (str, int))):
+        expected = '{"prompt": TEXT}, and if you like "seed": 0 to 2^62 and "id": TEXT or a whole number'
+        raise ValueError(f"{place}: is {line[:60]}; expected {expected}")
+    return read
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,32 +104,40 @@ def run(args: argparse.Namespace) -> int:
 
     import dag
     from dag.cli import expected, pictures, report, setup
-    from dag.evaluation.baselines import by_name
+    from dag.evaluation.baselines import SLD, by_name
+    from dag.model import NumericsError
     from kernels.choice import WithoutMaps
 
     setup.writable(args.out)
     sd, device, dtype = setup.open_model(args)
     cfg = sd.config
     names = args.guidance or (["none", "dag"] if args.ckpt is None and prompts is None else ["dag"])
-    prompts = list(cfg.prompts) if prompts is None else prompts
+    prompts = [{"prompt": text} for text in cfg.prompts] if prompts is None else prompts
     scale = cfg.scale if args.scale is None else args.scale
     size = args.height or cfg.size, args.width or cfg.size
     for prompt in prompts:
-        setup.check_text(sd, "prompt", prompt)
+        setup.check_text(sd, "prompt", prompt["prompt"])
     if args.safety_text is not None:
         if not args.safety_text.strip():
             raise UsageError("--safety-text is empty: there is nothing to push away from; leave it out")
         setup.check_text(sd, "--safety-text", args.safety_text)
-    tokens = setup.tokens_for(args, sd) if args.tokens or any(name.startswith("dag") for name in names) else []
+    looks = any(name.startswith("dag") for name in names)
+    if not looks and (turned := given(args)):
+        raise UsageError(f"--{turned[0].replace('_', '-')}: --guidance {','.join(names)} has no DAG; leave it out")
+    tokens = setup.tokens_for(args, sd) if args.tokens or looks else []
+    constants = setup.constants(args, cfg.dag, tokens[0][0]) if looks else cfg.dag
     concepts = [c for c, _ in tokens]
     if args.safety_text is not None:
         concepts = [replace(c, safety_text=args.safety_text) for c in concepts]
-    safety_texts = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
+    texts = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
+    authors = [SLD.SAFETY_TEXT] if args.safety_text is None and cfg.text.num_words is None else texts
     fused, attention = setup.attention(args.attention, sd, concepts)
     blind = [WithoutMaps(sd.unet, concepts, fused)] if fused and concepts else []
-    guidances = {name: by_name(name, safety_texts, concepts, fused) for name in names}
+    guidances = {
+        name: by_name(name, authors if name.startswith("sld") else texts, concepts, constants, fused) for name in names
+    }
     for name, guidance in guidances.items():
-        warmup = cfg.dag.warmup if name.startswith("dag") else getattr(guidance, "warmup", 0)
+        warmup = constants.warmup if name.startswith("dag") else getattr(guidance, "warmup", 0)
         if args.steps <= warmup:
             warn(f"--steps {args.steps} is not more than {name}'s warm-up of {warmup} steps: nothing will be guided")
     if args.save_maps and not any(guidance.tokens for guidance in guidances.values()):
@@ -113,63 +148,144 @@ def run(args: argparse.Namespace) -> int:
         "height": size[0], "width": size[1], "seed": args.seed, "n_images": args.n_images,
         "device": device, "dtype": dtype, "attention": attention, "guidance": names,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
-        "safety_texts": [] if names == ["none"] else safety_texts,
+        "safety_texts": {name: list(g.safety_texts or filter(None, [g.uncond_text])) for name, g in guidances.items()},
+        "dag": asdict(constants) if looks else None,
     }  # fmt: skip
-    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n_images)]
+    for told, concept in zip(settings["tokens"], concepts, strict=True):
+        told["min_area"] = concept.adapt(constants.scaling).min_area
+    jobs = [job | {"seed": job.get("seed", args.seed) + i} for job in prompts for i in range(args.n_images)]
+    entries = finished(args, settings, jobs) if args.resume else {}  # of the report, by number of picture and method
+    todo = [k for k in range(len(jobs)) if any((k, m) not in entries for m in range(len(names)))]
     batch = args.batch_size or max(1, 4 * 512 * 512 // (size[0] * size[1]))
-    entries, said, shown, status = {}, [], [], 0  # entries of the report by number of the picture and of the method
+    known, said, shown, status, done, halved = len(entries), [], [], 0, 0, False
+
+    def draw(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
+        began, title = time.time(), f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
+        asked, seeds = ([jobs[k][key] for k in part] for key in ("prompt", "seed"))
+        hooks = [] if guidance.tokens else blind
+        loop, steps = dag.sample(sd, asked, guidance, args.steps, scale, seeds, *size, hooks=hooks), []
+        try:
+            for step in tqdm(loop, title, args.steps, unit="step", leave=False, disable=None):
+                steps.append(step)
+        except NumericsError:  # no picture is left; the steps show when each was lost
+            pass
+        return report.drawings(sd, list(zip(asked, seeds, strict=True)), name, guidance, steps, time.time() - began)
+
+    def account() -> None:
+        told, *lines = (json.dumps(part, ensure_ascii=False) for part in (settings, *map(entries.get, sorted(entries))))
+        listed = ",\n".join(lines)  # a line each; json's own indentation is ten times slower, and this is often
+        setup.write_text(args.out / "report.json", f'{{"settings": {told},\n"pictures": [\n{listed}\n]}}')
+
     try:
-        for start in range(0, len(jobs), batch):
-            part, columns = jobs[start : start + batch], []
-            for m, (name, guidance) in enumerate(guidances.items()):
-                began, title = time.time(), f"{name}, pictures {start + 1} to {start + len(part)} of {len(jobs)}"
-                texts, seeds = [text for text, _ in part], [seed for _, seed in part]
-                hooks = [] if guidance.tokens else blind
-                loop = dag.sample(sd, texts, guidance, args.steps, scale, seeds, *size, hooks=hooks)
-                steps = list(tqdm(loop, title, args.steps, unit="step", leave=False, disable=None))
-                columns.append(report.drawings(sd, part, name, guidance, steps, time.time() - began))
-                for k, drawing in enumerate(columns[-1], start):
-                    entries[k, m] = save(drawing, k, args, settings)
-            rows = list(zip(*columns, strict=True))
+        while done < len(todo):
+            part, columns = todo[done : done + batch], []
+            try:
+                for m, (name, guidance) in enumerate(guidances.items()):
+                    columns.append(draw(name, guidance, part))
+                    for k, drawing in zip(part, columns[-1], strict=True):
+                        entries[k, m] = save(drawing, k, jobs[k], args, settings)
+            except (RuntimeError, MemoryError) as e:
+                if not setup.out_of_memory(e):
+                    raise
+                if len(part) == 1:
+                    found = f"out of memory with one picture of {size[1]} x {size[0]} pixels in {dtype}"
+                    less = f", --dtype {'bfloat16' if device == 'cpu' else 'float16'}" if dtype == "float32" else ""
+                    slow = "" if device == "cpu" else ", --device cpu"
+                    raise MemoryError(f"{found}; try a smaller --height and --width{less}{slow}") from e
+                if not halved:
+                    warn(f"out of memory with {len(part)} pictures side by side: halving that; see --batch-size")
+                batch, halved = len(part) // 2, True
+                continue
+            account()  # as it goes, so that --resume finds what was drawn, whatever stops the run
+            rows = [row for row in zip(*columns, strict=True) if not any(drawing.failed for drawing in row)]
             said += [drawing.words for row in rows for drawing in row if drawing.A is not None]
             shown += rows[: SHEET - len(shown)]
+            done += len(part)
     except KeyboardInterrupt:
-        done = f"{len(entries)} of {len(jobs) * len(names)} pictures were finished and stay in {args.out}"
-        print(f"\ninterrupted: {done}", file=sys.stderr)
+        message = f"{len(entries)} of {len(jobs) * len(names)} pictures were finished and stay in {args.out}"
+        print(f"\ninterrupted: {message}; --resume draws the others", file=sys.stderr)
         status = 130
     finally:  # a picture that is finished is never lost, whatever stopped the next one
+        contact = args.out / (f"contact-{todo[0]:03d}.png" if known and todo else "contact.png")
         if shown:
             read = setup.judge() if args.ckpt is None and size == (cfg.size, cfg.size) else None  # it knows no others
-            pictures.save_png(report.sheet(shown, read), args.out / "contact.png")
-        account = {"settings": settings, "pictures": [entries[key] for key in sorted(entries)]}
-        setup.write_text(args.out / "report.json", json.dumps(account, indent=1, ensure_ascii=False))
+            pictures.save_png(report.sheet(shown, read), contact)
+        account()
     if status == 0:
         for line in said:
             print(line)
-        cut = f" (its first {SHEET} rows)" if len(jobs) > SHEET else ""
-        print(f"{len(entries)} pictures, {args.out / 'contact.png'}{cut} and {args.out / 'report.json'}")
+        failed = sum("failed" in entry for entry in entries.values())
+        cut = f" (its first {SHEET} rows)" if len(todo) > SHEET else ""
+        before = f", {known} of them from before" if known else ""
+        sheet = f", {contact}{cut}" if shown else ""
+        print(f"{len(entries) - failed} pictures{before}{sheet} and {args.out / 'report.json'}")
         if is_demonstration(args):
             print(expected.compare([drawing.image for row in shown for drawing in row]))
+        if failed:
+            print(f"sample.py: {failed} of {len(entries)} pictures failed, see the warnings above", file=sys.stderr)
+            status = 1
     return status
 
 
 def is_demonstration(args: argparse.Namespace) -> bool:
     """Whether these arguments draw the very pictures that come with the project."""
     free = ("out", "device", "dtype", "attention", "batch_size", "save_maps", "debug")
-    own, default = vars(args), vars(parser().parse_args([]))
-    return all(own[name] == default[name] for name in own if name not in free)
+    own, default = ({k: v for k, v in vars(a).items() if k not in free} for a in (args, parser().parse_args([])))
+    return own == default
 
 
-def save(drawing, number: int, args: argparse.Namespace, settings: dict) -> dict:
+def stem(number: int, job: dict, method: str, settings: dict) -> str:
+    """The name of a picture's file, without .png."""
+    slug = re.sub(r"[^a-z0-9]+", "-", job["prompt"].lower())[:40].strip("-") or "empty"
+    return f"{number:03d}-{slug}" + (f"-{method}" if len(settings["guidance"]) > 1 else "")
+
+
+def finished(args: argparse.Namespace, settings: dict, jobs: list[dict]) -> dict[tuple[int, int], dict]:
+    """The entries of an earlier run's report whose pictures are in --out, by number of the picture and of the method.
+
+    Raises UsageError where that run had other settings or prompts.
+    """
+    path, entries = args.out / "report.json", {}
+    if not path.exists():
+        return entries
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        then, told = earlier["settings"], [entry for entry in earlier["pictures"] if entry["file"]]
+        now = json.loads(json.dumps(settings))
+        for each in (now, then):  # fused or plain; the reason may tell of other times
+            each["attention"] = re.match(r"\w*", each["attention"])[0]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path}: not a report of sample.py; expected the one to --resume, or none") from e
+    if other := [key for key in now | then if now.get(key) != then.get(key)]:
+        found = f"{path} was made with {other[0]} {then.get(other[0])}, now it is {now.get(other[0])}"
+        raise UsageError(f"--resume: {found}; expected the same settings, or another --out")
+    planned = {
+        f"{stem(k, job, name, settings)}.png": (k, m)
+        for k, job in enumerate(jobs)
+        for m, name in enumerate(settings["guidance"])
+    }
+    for entry in told:
+        key = planned.get(entry["file"])
+        if key is None or not jobs[key[0]].items() <= entry.items():
+            found = f"{path} tells of {entry['file']}, seed {entry['seed']}, which these prompts do not draw"
+            raise UsageError(f"--resume: {found}; expected the same prompts or more after them, or another --out")
+        if (args.out / entry["file"]).exists():
+            entries[key] = entry
+    return entries
+
+
+def save(drawing, number: int, job: dict, args: argparse.Namespace, settings: dict) -> dict:
     """Write a picture, and its maps if asked for; returns its entry of the report."""
     import numpy as np
 
     from dag.cli.pictures import save_png, strip
     from weights.files import atomic_write
 
-    slug = re.sub(r"[^a-z0-9]+", "-", drawing.prompt.lower())[:40].strip("-") or "empty"
-    name = f"{number:03d}-{slug}" + (f"-{drawing.method}" if len(settings["guidance"]) > 1 else "")
-    entry = {"prompt": drawing.prompt, "seed": drawing.seed, "file": f"{name}.png", "guidance": drawing.method}
+    if drawing.failed:
+        warn(f"'{drawing.prompt}' (seed {drawing.seed}), {drawing.method}: no picture, {drawing.failed}")
+        return job | {"file": None, "guidance": drawing.method, "failed": drawing.failed}
+    name = stem(number, job, drawing.method, settings)
+    entry = job | {"file": f"{name}.png", "guidance": drawing.method}
     entry |= {"unet_rows": drawing.unet_rows, "seconds": round(drawing.seconds, 3)} | drawing.findings
     save_png(drawing.image, args.out / f"{name}.png", {"settings": json.dumps(settings | entry)})
     if args.save_maps and drawing.A is not None:
@@ -182,9 +298,11 @@ def save(drawing, number: int, args: argparse.Namespace, settings: dict) -> dict
 
 def detect(args: argparse.Namespace) -> int:
     """What the tokens see in a picture: maps over it, a report, and a yes or no per concept."""
-    for_drawing = "prompt", "prompts", "guidance", "safety_text", "save_maps", "scale", "batch_size"
-    if useless := [f"--{name.replace('_', '-')}" for name in for_drawing if getattr(args, name) not in (None, False)]:
-        raise UsageError(f"--detect draws nothing: leave out {', '.join(useless)}")
+    for_drawing = "prompt", "prompts", "guidance", "safety_text", "save_maps", "scale", "batch_size", "resume"
+    useless = [name for name in for_drawing if getattr(args, name) not in (None, False)]
+    if useless := useless + [name for name in given(args) if name not in ("unsafe", "min_area")]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise UsageError(f"--detect draws nothing: leave out {options}")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     import dag
@@ -202,6 +320,7 @@ def detect(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.detect}: not a readable picture; expected a PNG or JPEG file") from e
     sd, device, dtype = setup.open_model(args)
     tokens = setup.tokens_for(args, sd)
+    constants = setup.constants(args, sd.config.dag, tokens[0][0])
     ratio = (picture.width / picture.height) ** 0.5  # the model's own area, at the picture's ratio of sides
     near = [max(SIDE, round(sd.config.size * factor / SIDE) * SIDE) for factor in (ratio, 1 / ratio)]
     size = args.width or near[0], args.height or near[1]
@@ -212,7 +331,7 @@ def detect(args: argparse.Namespace) -> int:
     for c, file in tokens:
         fused, _ = setup.attention(args.attention, sd, [c])
         maps = dag.detect(sd, c, from_pil(picture), LEVELS, args.seed, fused).cpu()  # (levels, H, W)
-        scaling = c.adapt(sd.config.dag.scaling)
+        scaling = c.adapt(constants.scaling)
         sizes = (objects(maps, scaling)[0] > 0).float().mean((1, 2))  # (levels,)
         yes = (sizes > 0).sum().item() > len(LEVELS) / 2
         where = place(maps, sizes, scaling)["place"] if sizes.any() else None
@@ -220,6 +339,7 @@ def detect(args: argparse.Namespace) -> int:
         said = f"{c.concept}: {'yes, at the ' + where if yes else 'no'}"
         rows.append((said, [picture, *(overlay(picture, A) for A in maps)]))
         entry = {"concept": c.concept, "file": None if file is None else str(file), "detected": yes}
+        entry |= {"unsafe": scaling.unsafe, "min_area": scaling.min_area}
         concepts.append(entry | {"place": where, "share": dict(zip(LEVELS, shares, strict=True))})
         print(f"{said}; share of the frame at t {LEVELS}: {shares}")
     save_png(contact_sheet(rows, ["picture", *(f"t {t}" for t in LEVELS)]), args.out / "detect.png")

@@ -138,7 +138,7 @@ class DAG(Guidance):
             shares = {"top": cfg.top, "threshold": cfg.threshold, "memory": cfg.memory}
             scaling = cfg.scaling
             check_constants(cfg.warmup, **shares, edit=scaling.edit, unsafe=scaling.unsafe, min_area=scaling.min_area)
-            for name in ("edit", "area_gain", "magnitude", "s_max"):  # T divides by edit
+            for name in ("edit", "full", "area_gain", "magnitude", "s_max"):  # T divides by edit
                 value = getattr(scaling, name)
                 if value is not None and not 0 < value < float("inf"):
                     raise ValueError(f"{name} is {value}, expected a positive number")

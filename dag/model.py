@@ -1,5 +1,6 @@
 """StableDiffusion: UNet, VAE and text encoder under one roof, and how they are loaded from an original checkpoint."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -63,14 +64,18 @@ class StableDiffusion(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent (b, 4, H, W) -> picture (b, 3, 8H, 8W) in [-1, 1], float32.
 
-        One picture after the other: the decoder's memory, far above the UNet's, must not grow with b.
-        Raises NumericsError when a picture is not finite.
+        One picture after the other: the decoder's memory, far above the UNet's, must not grow with b. A picture that is
+        not finite is decoded again in float32; raises NumericsError when it still is not.
         """
-        z = (latent / self.config.vae.scale_factor).to(self.device, self.dtype)  # (b, 4, H, W)
-        pictures = torch.cat([self.vae.decode(one).float() for one in z.split(1)])  # (b, 3, 8H, 8W)
-        if not pictures.isfinite().all():
-            raise NumericsError(f"the decoded picture is not finite in {self.dtype}; try --dtype float32")
-        return pictures.clamp(-1, 1)
+        pictures = []
+        for z in (latent / self.config.vae.scale_factor).to(self.device).split(1):  # (1, 4, H, W)
+            picture = self.vae.decode(z.to(self.dtype)).float()  # (1, 3, 8H, 8W)
+            if self.dtype != torch.float32 and not picture.isfinite().all():
+                picture = copy.deepcopy(self.vae).float().decode(z.float())
+            if not picture.isfinite().all():
+                raise NumericsError("the decoded picture is not finite, not even in float32")
+            pictures.append(picture.clamp(-1, 1))
+        return torch.cat(pictures)  # (b, 3, 8H, 8W)
 
 
 def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:

@@ -107,7 +107,7 @@ def sample(
 
     Yields a Step for each step; the last one's x is what sd.decode takes.
     Raises, when the first step is asked for, ValueError for steps outside 1..1000, a side that is not a multiple of 64
-    or seeds that are not one per prompt; NumericsError as soon as a latent is not finite.
+    or seeds that are not one per prompt; NumericsError after a step that leaves no image's latent finite.
     """
     b, cfg = len(prompts), sd.config
     seeds = list(range(b)) if seeds is None else seeds
@@ -127,13 +127,11 @@ def sample(
             step = denoiser.inputs(i, x, t)
             out = run(step)
             x, x0 = advance(x, out.eps, t, t_prev, denoiser.look_ahead(i))
-            if not x.isfinite().all():
-                raise NumericsError(
-                    f"the latent is not finite after step {i + 1} of {len(times)} (t = {t}); try --dtype float32"
-                )
             guided = torch.zeros(b, dtype=torch.bool) if out.guided is None else out.guided
             A = out.A if step.A is None else step.A
             yield Step(i, t, x, x0, A, out.A, out.S, guided, denoiser.unet_rows - before)
+            if not x.isfinite().flatten(1).all(1).any():  # one bad picture does not stop its neighbours
+                raise NumericsError(f"no latent is finite after step {i + 1} (t = {t}); try --dtype float32")
     finally:
         run.end()
 

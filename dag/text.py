@@ -51,9 +51,7 @@ class Text(nn.Module):
         super().__init__()
         self.cfg = cfg
         folder = WEIGHTS / cfg.vocabulary
-        self.tokenizer = CLIPTokenizer(
-            str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=cfg.max_length
-        )
+        self.tokenizer = CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt", model_max_length=cfg.max_length)
         if len(self.tokenizer) != cfg.vocab_size:
             raise ValueError(f"{folder}: {len(self.tokenizer)} tokens, expected {cfg.vocab_size}: restore the files")
         self.transformer = CLIPTextModel(
@@ -75,8 +73,7 @@ class Text(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids (b, m) int64, cut at max_length."""
         words = [clean(prompt).lower() for prompt in prompts]
-        batch = self.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt")
-        return batch.input_ids  # (b, m)
+        return self.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (b, m)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (b, m) -> hidden states (b, m, c_text)."""

@@ -1,9 +1,10 @@
 """sample.py as a person uses it: what it writes, what it says, and one line for every wrong input."""
 
+import copy
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 import sample
-from dag import GuidelineTokens
-from dag.config import METHODS
+from dag import SLD, GuidelineTokens
+from dag.cli.parsing import CONSTANTS
+from dag.config import METHODS, SHAPES, DAGConfig, Scaling
 from tests.conftest import ROOT, TOKENS
 from weights.shapes import world
 
@@ -49,7 +51,7 @@ def test_guided(tmp_path, capsys):
     assert report["settings"]["guidance"] == ["none", "dag"]
     assert report["settings"]["tokens"][0]["concept"] == "a red circle"
     assert report["settings"]["tokens"][0]["file"].endswith("red-circle.safetensors")
-    assert report["settings"]["safety_texts"] == ["a red circle"]
+    assert report["settings"]["safety_texts"] == {"none": [], "dag": ["a red circle"]}
     plain, guided, star, same = report["pictures"]
     assert [p["guidance"] for p in report["pictures"]] == ["none", "dag"] * 2
     assert plain["unet_rows"] == 40 and plain["map_max"] is None and plain["detected"] is None
@@ -75,7 +77,9 @@ def test_all_methods_side_by_side(tmp_path, capsys):
     assert sample.main([*argv, "--out", str(tmp_path)]) == 0
     assert not lines(capsys)[0:1] or "warning" not in capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["settings"]["safety_texts"] == ["a red circle", "a blue star"]
+    texts = report["settings"]["safety_texts"]
+    assert texts["dag"] == texts["sega"] == ["a red circle", "a blue star"] and texts["none"] == []
+    assert texts["negative"] == texts["sld-max"] == ["a red circle and a blue star"]
     told = {p["guidance"]: p for p in report["pictures"]}
     assert tuple(told) == METHODS
     assert {m: told[m]["unet_rows"] for m in ("none", "negative", "sld-max", "sega")} == {
@@ -97,10 +101,76 @@ def test_safety_text(tmp_path):
     for folder, more in (("a", []), ("b", ["--safety-text", "a red square"])):
         assert sample.main([*argv, *more, "--out", str(tmp_path / folder)]) == 0
     a, b = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in "ab")
-    assert b["settings"]["safety_texts"] == ["a red square"]
+    assert b["settings"]["safety_texts"] == {"dag": ["a red square"]}
     assert a["pictures"][0]["steps_guided"] > 0 and b["pictures"][0]["steps_guided"] > 0
     a, b = (next((tmp_path / folder).glob("000-*.png")) for folder in "ab")
     assert Image.open(a).tobytes() != Image.open(b).tobytes()
+
+
+def test_sld_has_its_authors_text_where_the_model_knows_its_words(tmp_path, shapes, monkeypatch):
+    """SD 1.4 does; --safety-text goes before it. All other methods keep the tokens' text."""
+    literate = copy.copy(shapes)
+    literate.config = replace(SHAPES, text=replace(SHAPES.text, num_words=None))
+    monkeypatch.setattr("dag.load", lambda *args: literate)
+    argv = ["--prompt", "a star", "--guidance", "sld-max,sega,negative", "--steps", "1", "--out", str(tmp_path)]
+    for more, sld, other in (
+        ([], SLD.SAFETY_TEXT, "a red circle"),
+        (["--safety-text", "a blue circle"], "a blue circle", "a blue circle"),
+    ):
+        assert sample.main([*argv, *more]) == 0
+        told = json.loads((tmp_path / "report.json").read_text())["settings"]["safety_texts"]
+        assert told == {"sld-max": [sld], "sega": [other], "negative": [other]}
+
+
+def test_prompts_from_json_lines(tmp_path):
+    """A seed of one's own, an id that stays beside the picture; --seed where a line has none."""
+    lines = (
+        '\ufeff{"prompt": "a star\u2028on sand", "seed": 40, "id": "p-7", "set": "x"}',
+        '{"prompt": "a ring", "id": 8}',
+    )
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    argv = [
+        "--prompts",
+        str(tmp_path / "p.jsonl"),
+        "--n-images",
+        "2",
+        "--steps",
+        "1",
+        "--seed",
+        "5",
+        "--guidance",
+        "none",
+    ]
+    assert sample.main([*argv, "--out", str(tmp_path)]) == 0
+    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["pictures"]
+    assert [(p["seed"], p["id"], p["prompt"]) for p in told] == [
+        (40, "p-7", "a star\u2028on sand"), (41, "p-7", "a star\u2028on sand"), (5, 8, "a ring"), (6, 8, "a ring")
+    ]  # fmt: skip
+
+
+def test_every_constant_can_be_turned(tmp_path, capsys):
+    """Each reaches the method and the report; the miniature's own given by name change nothing."""
+    argv = ["--prompt", "a red circle on grey", "--steps", "8", "--seed", "3", "--guidance", "dag,dag-sld"]
+    own = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in (vars(SHAPES.dag) | vars(SHAPES.dag.scaling)).items()
+        if k != "scaling"
+    ]
+    other = {
+        "warmup": 3, "top": 0.2, "threshold": 0.1, "memory": 0.5, "unsafe": 0.4, "edit": 0.02, "full": 0.9,
+        "area_gain": None, "magnitude": 4.0, "min_area": 0.01, "s_max": None,
+    }  # fmt: skip
+    assert other.keys() == CONSTANTS.keys() == {f.name for c in (DAGConfig, Scaling) for f in fields(c)} - {"scaling"}
+    turned = [f"--{name.replace('_', '-')}={'none' if v is None else v}" for name, v in other.items()]
+    for folder, more in (("a", []), ("b", own), ("c", turned)):
+        assert sample.main([*argv, *more, "--out", str(tmp_path / folder)]) == 0
+    a, b, c = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in "abc")
+    assert a["settings"] == b["settings"]
+    told = dict(c["settings"]["dag"])
+    assert told.pop("scaling") | told == other and c["settings"]["tokens"][0]["min_area"] == 0.01
+    assert all(p["steps_guided"] for p in a["pictures"]) and c["pictures"][0]["scale_max"] == 4.0
+    a, b, c = ([Image.open(tmp_path / folder / p["file"]).tobytes() for p in a["pictures"]] for folder in "abc")
+    assert a == b and a[0] != c[0] and a[1] != c[1]
 
 
 def test_detect(tmp_path, capsys):
@@ -180,6 +250,12 @@ USAGE = {
     "device": (["--device", "quantum"], "--device quantum: not available here"),
     "detect": (["--detect", "p.png", "--prompt", "x", "--save-maps"], "draws nothing: leave out --prompt, --save-maps"),
     "safety text": (["--safety-text", " "], "--safety-text is empty"),
+    "constant": (["--top", "2"], "top is 2.0, expected 0 to 1"),
+    "constant none": (["--memory", "none"], "argument --memory: 'none' is not a number of the right kind (float)"),
+    "constant whole": (["--warmup", "2.5"], "argument --warmup: '2.5' is not a number of the right kind (int)"),
+    "constant nan": (["--s-max", "nan"], "argument --s-max: nan is out of range"),
+    "constant without DAG": (["--s-max", "2", "--guidance", "none"], "--s-max: --guidance none has no DAG"),
+    "detect constants": (["--detect", "p.png", "--top", ".2", "--unsafe", ".4"], "draws nothing: leave out --top"),
     "flag": (["--promt", "x"], "unrecognized arguments: --promt x"),
 }
 
@@ -196,6 +272,13 @@ def test_usage_errors(name, tmp_path, capsys):
 def test_data_errors(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    bad = {
+        "text": "hello", "list": '["prompt"]', "without": '{"text": "a star"}', "number": '{"prompt": 3}',
+        "seed": '{"prompt": "a star", "seed": -1}', "truth": '{"prompt": "a star", "seed": true}',
+        "id": '{"prompt": "a star", "id": [1]}', "half": '{"prompt": "a \\ud800 star"}', "deep": "[" * 10**5,
+    }  # fmt: skip
+    for name, line in bad.items():
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a star"}\n\n' + line)
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(50))
     (tmp_path / "file").write_text("not a folder")
     cases = [
@@ -205,6 +288,10 @@ def test_data_errors(tmp_path, capsys):
         (["--ckpt", str(tmp_path / "photo.jpg")], "a JPEG picture"),
         (["--ckpt", str(tmp_path / "none.ckpt")], "no such file"),
         (["--out", str(tmp_path / "file" / "out")], "cannot be written to"),
+        *(
+            (["--prompts", str(tmp_path / f"{name}.jsonl")], f"{name}.jsonl, line 3: is {bad[name][:5]}")
+            for name in bad
+        ),
     ]
     for argv, message in cases:
         argv = argv if "--out" in argv else [*argv, "--out", str(tmp_path / "o")]
@@ -228,6 +315,99 @@ def test_warnings(tmp_path, capsys):
     assert "--safety-text: unknown words for the shapes model: scarlet" in said[2]
     assert "--save-maps: --guidance none has no maps" in said[3]
     assert len(said) == 4
+
+
+def watched(monkeypatch, before) -> list[int]:
+    """The sizes of the batches that are drawn, in order; before(sizes) is called first and may raise."""
+    from dag import sampling
+
+    real, sizes = sampling.sample, []
+
+    def sampled(sd, prompts, *rest, **more):
+        sizes.append(len(prompts))
+        before(sizes)
+        return real(sd, prompts, *rest, **more)
+
+    monkeypatch.setattr(sampling, "sample", sampled)
+    return sizes
+
+
+def test_out_of_memory(tmp_path, capsys, monkeypatch):
+    """The batch is halved until it fits, all methods of a picture in the same one; at one it says what helps."""
+    argv = ["--prompt", "a blue star on night", "--n-images", "7", "--steps", "1", "--guidance", "none,sega"]
+    argv += ["--batch-size", "7", "--out", str(tmp_path)]
+
+    def sometimes(sizes):
+        if len(sizes) == 1:
+            torch.empty(2**50)  # a petabyte
+        if len(sizes) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        sizes = watched(patch, sometimes)
+        assert sample.main(argv) == 0
+    assert sizes == [7, 3, 3, 3, 3, *[1] * 8]
+    (said,) = [line for line in lines(capsys) if line.startswith("warning: out of memory")]
+    assert "with 7 pictures side by side: halving that" in said
+    assert len(json.loads((tmp_path / "report.json").read_text())["pictures"]) == 14
+    with monkeypatch.context() as patch:
+        watched(patch, lambda sizes: torch.empty(2**50))
+        assert sample.main(argv) == 1
+    assert lines(capsys)[-1] == (
+        "sample.py: out of memory with one picture of 128 x 128 pixels in float32; try a smaller --height and --width, "
+        "--dtype bfloat16"
+    )
+    with monkeypatch.context() as patch:
+        watched(patch, lambda sizes: torch.zeros(2) + torch.zeros(3))  # a RuntimeError of another kind
+        assert sample.main(argv) == 1
+    assert "RuntimeError: The size of tensor a" in lines(capsys)[-1]
+
+
+def test_resume(tmp_path, capsys, monkeypatch):
+    """What is missing is drawn, and nothing else; the report is that of one run. Other settings are refused."""
+    argv = ["--prompt", "a tomato on sand", "--n-images", "3", "--steps", "2", "--guidance", "none,dag"]
+    argv += ["--batch-size", "1"]
+    assert sample.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+
+    def reported(folder):
+        pictures = json.loads((tmp_path / folder / "report.json").read_text())["pictures"]
+        return [{key: value for key, value in p.items() if key != "seconds"} for p in pictures]
+
+    def stop(sizes):
+        if len(sizes) == 4:  # the second picture's second method
+            raise KeyboardInterrupt
+
+    part = [*argv, "--resume", "--out", str(tmp_path / "part")]
+    with monkeypatch.context() as patch:
+        watched(patch, stop)
+        assert sample.main(part) == 130
+    assert reported("part") == reported("whole")[:3]
+    (tmp_path / "part" / reported("part")[0]["file"]).unlink()
+    first, contact = (tmp_path / "part" / name for name in (reported("part")[1]["file"], "contact.png"))
+    before = contact.read_bytes()
+    with monkeypatch.context() as patch:
+        sizes = watched(patch, lambda sizes: None)
+        assert sample.main(part) == 0
+        assert len(sizes) == 6  # the first lost a file, the second a method, the third is new
+        assert reported("part") == reported("whole") and first.exists()
+        assert contact.read_bytes() == before and (tmp_path / "part" / "contact-000.png").exists()
+        assert sample.main([*part, "--attention", "plain"]) == 0 and len(sizes) == 6
+        assert "6 pictures, 6 of them from before and" in capsys.readouterr().out
+        assert sample.main([*part, "--prompt", "a blue star"]) == 0 and len(sizes) == 12
+    for more, message in (
+        (["--top", "0.2"], "was made with dag {"),
+        (["--steps", "3"], "was made with steps 2, now it is 3; expected the same settings, or another --out"),
+        (
+            ["--prompts", str(tmp_path / "p.txt")],
+            "tells of 000-a-tomato-on-sand-none.png, seed 0, which these prompts do",
+        ),
+    ):
+        (tmp_path / "p.txt").write_text("a blue star")
+        argv = [a for a in part if a not in ("--prompt", "a tomato on sand")] if "--prompts" in more else part
+        assert sample.main([*argv, *more]) == 2
+        assert message in lines(capsys)[-1]
+    (tmp_path / "part" / "report.json").write_text("{}")
+    assert sample.main(part) == 1 and "not a report of sample.py" in lines(capsys)[-1]
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):

@@ -80,6 +80,17 @@ def test_words():
     assert "nothing found, 6 UNet rows, as without" in drawing(NOTHING, NOTHING, NOTHING).words
 
 
+def test_objects_are_looked_for_once_a_picture(monkeypatch):
+    from dag.cli import report
+
+    calls, real = [], report.objects
+    monkeypatch.setattr(report, "objects", lambda *args: calls.append(1) or real(*args))
+    told = drawing(NOTHING, NOTHING, spot(), guided=[False, False, True])
+    assert told.findings["detected"]
+    once = len(calls)
+    assert told.words and sheet([(told,)]) and told.findings and len(calls) == once > 0
+
+
 def test_two_concepts_are_told_apart():
     maps = torch.stack([NOTHING, spot()]), torch.stack([spot().flip(1), spot()])  # (2, 6, 6) per step
     cfg = DAGConfig(warmup=0, scaling=Scaling(min_area=0.0))

@@ -42,6 +42,7 @@ def test_sld(preset, warmup, case):
     from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
 
     pipe = pipeline(StableDiffusionPipelineSafe, case)
+    assert pipe.safety_concept == SLD.SAFETY_TEXT
     pipe.safety_concept = "a red circle"
     p, last = SLD.PRESETS[preset], []
     p = p if warmup is None else p | {"warmup": warmup}

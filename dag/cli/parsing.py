@@ -1,11 +1,27 @@
 """What sample.py and train_tokens.py share of the command line. Nothing here waits for torch, so --help is quick."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
-from ..config import METHODS, SIDE
+from ..config import METHODS, SD14, SHAPES, SIDE, DAGConfig, Scaling
+
+CONSTANTS = {  # of DAG, by their names in DAGConfig and Scaling
+    "warmup": "steps, from the first, on which nothing is guided",
+    "top": "dag: share of the latent's values that are edited",
+    "threshold": "dag-sld: lambda of its mask",
+    "memory": "share of a map that the next step keeps; 0: forget at once",
+    "unsafe": "A from here on is an object",
+    "edit": "A from here on may be edited (tau)",
+    "full": "ignore a map when this share of it may be edited",
+    "area_gain": "strength per share of the frame; none: without the AreaScaler",
+    "magnitude": "upper end of T; 1: without the MagnitudeScaler",
+    "min_area": "drop objects below this share of the frame; goes before the token file's",
+    "s_max": "upper bound on S, or none",
+}
 
 
 class UsageError(ValueError):
@@ -34,6 +50,18 @@ class Parser(argparse.ArgumentParser):
         add("--dtype", choices=dtypes, help="of the networks (default: float16 on cuda, else float32)")
         add("--debug", action="store_true", help="show tracebacks and what was ignored in the checkpoint")
 
+    def add_constants(self) -> None:
+        """An option for every constant of DAG; those that are not given are missing in the namespace."""
+        group = self.add_argument_group("constants of DAG", "default: SD 1.4's, and the miniature's where it differs")
+        sd14, shapes = (vars(cfg) | vars(cfg.scaling) for cfg in (SD14.dag, SHAPES.dag))
+        for field in (field for kind in (DAGConfig, Scaling) for field in fields(kind) if field.name in CONSTANTS):
+            own = ["none" if cfg[field.name] is None else f"{cfg[field.name]:.3g}" for cfg in (sd14, shapes)]
+            text = f"{CONSTANTS[field.name]} (default: {', '.join(dict.fromkeys(own))})"
+            kind = number(int if field.type is int else float, -math.inf, math.inf)  # guidance.py knows the ranges
+            kind = or_none(kind) if field.type == float | None else kind
+            flag = f"--{field.name.replace('_', '-')}"
+            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
+
 
 def number(kind: type, low: float, high: float):
     """A parser of numbers from low to high; NaN and infinity are refused."""
@@ -48,6 +76,23 @@ def number(kind: type, low: float, high: float):
         return value
 
     return parse
+
+
+def or_none(parse: Callable):
+    """A parser of what `parse` takes, and of the word none."""
+    return lambda text: None if text == "none" else parse(text)
+
+
+def given(args: argparse.Namespace) -> list[str]:
+    """The constants of DAG that the command line turns."""
+    return [name for name in CONSTANTS if hasattr(args, name)]
+
+
+def turned(cfg: DAGConfig, args: argparse.Namespace) -> DAGConfig:
+    """cfg with the constants that the command line turns."""
+    own, of_scaling = ({f.name for f in fields(kind)} & set(given(args)) for kind in (DAGConfig, Scaling))
+    scaling = replace(cfg.scaling, **{name: getattr(args, name) for name in of_scaling})
+    return replace(cfg, **{name: getattr(args, name) for name in own}, scaling=scaling)
 
 
 def side(text: str) -> int:
@@ -85,7 +130,7 @@ def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int
         if debug:
             raise
         code, message = 2 if isinstance(e, UsageError) else 1, str(e)
-        if not isinstance(e, (ValueError, ArithmeticError, OSError)):  # out of memory, a driver's error: not ours
+        if not isinstance(e, (ValueError, ArithmeticError, OSError, MemoryError)):  # a driver's error: not ours
             message = f"{type(e).__name__}: {(message.splitlines() or [''])[0][:200]} (--debug shows where)"
     print(f"{program}: {message}", file=sys.stderr)
     return code

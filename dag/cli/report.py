@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dag
 from dag.config import DAGConfig, Scaling
+from dag.model import NumericsError
 from dag.scalers import objects
 
 from .pictures import contact_sheet, overlay, to_pil
@@ -22,7 +23,7 @@ class Drawing:
     prompt: str
     seed: int
     method: str
-    image: Image.Image
+    image: Image.Image | None  # None where it failed
     seconds: float
     unet_rows: int  # sent through the UNet
     cfg: DAGConfig  # constants of the maps
@@ -31,6 +32,7 @@ class Drawing:
     A_acted: Tensor | None  # (steps, concepts, H, W), the maps that were acted on
     S: Tensor | None  # (steps, H, W), strength
     guided: list[bool]  # per step
+    failed: str | None = None  # why there is no picture
 
     @property
     def late(self) -> Tensor:
@@ -140,23 +142,34 @@ def drawings(
     steps: list[dag.Step],
     seconds: float,
 ) -> list[Drawing]:
-    """Decode the last step of a batch of (prompt, seed), and put beside each picture what all steps say of it."""
+    """Decode the last step of a batch of (prompt, seed); beside each picture, what all steps say of it."""
 
     def gathered(name: str) -> list[Tensor] | list[None]:
         if getattr(steps[0], name) is None:
             return [None] * len(jobs)
         return torch.stack([getattr(s, name) for s in steps], 1).cpu().unbind(0)  # (steps, ...) per picture
 
-    images, cfg = to_pil(sd.decode(steps[-1].x)), guidance.cfg or sd.config.dag
+    cfg, made = guidance.cfg or sd.config.dag, [decoded(sd, steps, k) for k in range(len(jobs))]
     unet_rows, guided = gathered("unet_rows"), gathered("guided")
     A, A_acted, S = gathered("A"), gathered("A_acted"), gathered("S")
     return [
         Drawing(
-            prompt, seed, method, images[k], seconds / len(jobs), int(unet_rows[k].sum()), cfg, guidance.tokens,
-            A[k], A_acted[k], S[k], guided[k].tolist(),
+            prompt, seed, method, made[k][0], seconds / len(jobs), int(unet_rows[k].sum()), cfg, guidance.tokens,
+            A[k], A_acted[k], S[k], guided[k].tolist(), made[k][1],
         )
         for k, (prompt, seed) in enumerate(jobs)
     ]  # fmt: skip
+
+
+def decoded(sd: dag.StableDiffusion, steps: list[dag.Step], k: int) -> tuple[Image.Image | None, str | None]:
+    """Picture k of a batch, or why there is none."""
+    if not steps[-1].x[k].isfinite().all():
+        bad = next(step for step in steps if not step.x[k].isfinite().all())
+        return None, f"the latent is not finite after step {bad.i + 1} (t = {bad.t}); try --dtype float32"
+    try:
+        return to_pil(sd.decode(steps[-1].x[k : k + 1]))[0], None
+    except NumericsError as e:
+        return None, str(e)
 
 
 def sheet(rows: list[tuple[Drawing, ...]], read: Callable[[Image.Image], str] | None = None) -> Image.Image:

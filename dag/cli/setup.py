@@ -3,6 +3,7 @@
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,13 +14,14 @@ from tqdm import tqdm
 import dag
 from dag.attention import Hook
 from dag.cam import AttentionWithMaps
+from dag.config import DAGConfig
 from dag.model import MINIATURE
 from dag.text import Text, clean
 from kernels.choice import for_run
 from weights import known
 from weights.files import atomic_write
 
-from .parsing import UsageError, warn
+from .parsing import UsageError, turned, warn
 
 
 def default_device() -> str:
@@ -63,7 +65,8 @@ def verify(path: Path | None) -> None:
 def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[dag.GuidelineTokens, Path | None]]:
     """(tokens, their file) per concept: the files given, or the miniature's own, or the plain text's with a warning."""
     files = args.tokens or ([MINIATURE / "red-circle.safetensors"] if args.ckpt is None else [])
-    tokens = [(dag.GuidelineTokens.load(file), file) for file in files]
+    own = {"min_area": args.min_area} if hasattr(args, "min_area") else {}
+    tokens = [(replace(dag.GuidelineTokens.load(file), **own), file) for file in files]
     for concept, _ in tokens:
         if message := concept.check(sd):
             warn(message)
@@ -74,7 +77,7 @@ def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[
         f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --safety-text '{sd.config.safety_text}' "
         "--out FILE` and pass --tokens FILE"
     )
-    return [(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), None)]
+    return [(replace(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), **own), None)]
 
 
 def attention(
@@ -88,6 +91,20 @@ def attention(
         return fused, said
     except ValueError as e:
         raise UsageError(f"--attention {choice}: {e}") from e
+
+
+def constants(args: argparse.Namespace, cfg: DAGConfig, tokens: dag.GuidelineTokens) -> DAGConfig:
+    """The model's constants of DAG with those of the command line in their place. Raises UsageError."""
+    try:
+        return dag.DAG(tokens, cfg=turned(cfg, args)).cfg
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+
+
+def out_of_memory(e: Exception) -> bool:
+    """Whether that is what an exception says; every allocator has words of its own."""
+    words = "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED"
+    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(word in str(e) for word in words)
 
 
 def compile_unet(sd: dag.StableDiffusion) -> None:

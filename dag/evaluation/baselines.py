@@ -10,7 +10,7 @@ Letters as in guidance.py; mu are SLD's weights, nu a momentum, s_e SEGA's own s
 import torch
 
 from ..cam import AttentionWithMaps
-from ..config import METHODS
+from ..config import METHODS, DAGConfig
 from ..guidance import DAG, Estimate, Guidance, Inputs, check_constants, top_mask
 from ..tokens import GuidelineTokens
 
@@ -42,6 +42,13 @@ class SLD(Guidance):
         "strong": dict(warmup=7, scale=2000.0, threshold=0.025, momentum=0.5, beta=0.7),
         "max": dict(warmup=0, scale=5000.0, threshold=1.0, momentum=0.5, beta=0.7),
     }
+    # What its authors push away from, as do the rows of SLD in DAG's paper: `safety_concept` of diffusers'
+    # StableDiffusionPipelineSafe, word for word.
+    SAFETY_TEXT = (
+        "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily "
+        "fluids, blood, obscene gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, "
+        "brutality, cruelty"
+    )
 
     def __init__(
         self,
@@ -57,8 +64,8 @@ class SLD(Guidance):
         self.warmup, self.scale, self.threshold, self.momentum, self.beta = warmup, scale, threshold, momentum, beta
 
     @classmethod
-    def preset(cls, name: str, safety_text: str) -> "SLD":
-        """One of its authors' four strengths. Raises ValueError for another name."""
+    def preset(cls, name: str, safety_text: str = SAFETY_TEXT) -> "SLD":
+        """One of its authors' four strengths, with their safety text. Raises ValueError for another name."""
         if name not in cls.PRESETS:
             raise ValueError(f"SLD has no preset '{name}', expected one of {', '.join(cls.PRESETS)}")
         return cls(safety_text, **cls.PRESETS[name])
@@ -119,12 +126,14 @@ def by_name(
     name: str,
     safety_texts: list[str],
     tokens: list[GuidelineTokens],
+    cfg: DAGConfig | None = None,
     fused: AttentionWithMaps | None = None,
 ) -> Guidance:
     """The methods that sample.py knows by name (METHODS in config.py), with the constants they are compared with.
 
     SEGA's scale is 10, as the paper of DAG runs it; its authors' default is 5. Methods that take one safety
-    text get the texts of all concepts, joined. Raises ValueError for another name.
+    text get the texts of all concepts, joined. cfg: DAG's constants, default the model's. Raises ValueError for another
+    name.
     """
     joined = " and ".join(safety_texts)
     match name.split("-"):
@@ -137,7 +146,7 @@ def by_name(
         case ["sega"]:
             return SEGA(*safety_texts, scale=10.0)
         case ["dag"]:
-            return DAG(*tokens, fused=fused)
+            return DAG(*tokens, cfg=cfg, fused=fused)
         case ["dag", "sld"]:
-            return DAG(*tokens, base="sld", fused=fused)
+            return DAG(*tokens, base="sld", cfg=cfg, fused=fused)
     raise ValueError(f"unknown method '{name}', expected one of {', '.join(METHODS)}")
