@@ -56,9 +56,12 @@ class StableDiffusion(nn.Module):
         return self.vae.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> Tensor:
-        """Picture (b, 3, 8H, 8W) in [-1, 1] -> scaled latent (b, 4, H, W) float32: the mean of the posterior."""
-        mean, _ = self.vae.encode(image.to(self.device, self.dtype))  # (b, 4, H, W)
-        return mean.float() * self.config.vae.scale_factor
+        """Picture (b, 3, 8H, 8W) in [-1, 1] -> scaled latent (b, 4, H, W) float32: the mean of the posterior.
+
+        One picture after the other, as in `decode`.
+        """
+        means = [self.vae.encode(one.to(self.device, self.dtype))[0].float() for one in image.split(1)]
+        return torch.cat(means) * self.config.vae.scale_factor  # (b, 4, H, W)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent (b, 4, H, W) -> picture (b, 3, 8H, 8W) in [-1, 1], float32.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .attention import CrossAttention, Hook, SpatialTransformer
 from .config import UNetConfig
+from .convolution import Conv3x3
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -45,14 +46,14 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             nn.GroupNorm(cfg.num_groups, in_channels, cfg.eps_res),
             nn.SiLU(inplace=True),
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            Conv3x3(in_channels, out_channels),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(cfg.num_groups, out_channels, cfg.eps_res),
             nn.SiLU(inplace=True),
             nn.Identity(),  # dropout in the original, of rate 0; it keeps the convolution's name `out_layers.3`
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            Conv3x3(out_channels, out_channels),
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -78,7 +79,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2 height, 2 width)
@@ -109,7 +110,7 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(cfg.model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
 
         c = cfg.model_channels
-        self.input_blocks = nn.ModuleList([Block([nn.Conv2d(cfg.in_channels, c, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Block([Conv3x3(cfg.in_channels, c)])])
         skips = [c]  # channels of what each input block hands to its output block
         for i, width in enumerate(widths):
             for _ in range(cfg.num_res_blocks):
@@ -139,7 +140,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(cfg.num_groups, c, cfg.eps_res),
             nn.SiLU(inplace=True),
-            nn.Conv2d(c, cfg.in_channels, 3, padding=1),
+            Conv3x3(c, cfg.in_channels),
         )
 
         factor = 1  # of the grid, on the way down and up again

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VAEConfig
+from .convolution import Conv3x3
 
 
 class ResnetBlock(nn.Module):
@@ -20,9 +21,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, cfg: VAEConfig):
         super().__init__()
         self.norm1 = nn.GroupNorm(cfg.num_groups, in_channels, cfg.eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = nn.GroupNorm(cfg.num_groups, out_channels, cfg.eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
@@ -47,7 +48,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (b, 1, n, c) each
+        # (b, 1, n, c) each, in the one layout that fused attention takes
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None].contiguous() for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)  # (b, 1, n, c)
         y = y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (b, c, height, width)
         return self.proj_out(y).add_(x)
@@ -69,7 +71,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2 height, 2 width)
@@ -89,7 +91,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]  # SD 1.4: 128, 256, 512, 512
-        self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
+        self.conv_in = Conv3x3(3, cfg.ch)
         self.down = nn.ModuleList()
         c = cfg.ch
         for i, width in enumerate(widths):
@@ -103,7 +105,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = _middle(c, cfg)
         self.norm_out = nn.GroupNorm(cfg.num_groups, c, cfg.eps)
-        self.conv_out = nn.Conv2d(c, 2 * cfg.z_channels, 3, padding=1)
+        self.conv_out = Conv3x3(c, 2 * cfg.z_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (b, ch, 8H, 8W)
@@ -123,7 +125,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]
         c = widths[-1]
-        self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
+        self.conv_in = Conv3x3(cfg.z_channels, c)
         self.mid = _middle(c, cfg)
         levels = []
         for i in reversed(range(len(widths))):
@@ -137,7 +139,7 @@ class Decoder(nn.Module):
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(cfg.num_groups, c, cfg.eps)
-        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        self.conv_out = Conv3x3(c, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)  # (b, c, H, W)
@@ -153,7 +155,7 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place.
 
-    The decoder's feature maps are laid out with channels last: its convolutions are faster so.
+    Feature maps are laid out with channels last: the convolutions are faster so on a CPU.
     """
 
     def __init__(self, cfg: VAEConfig):
@@ -165,7 +167,8 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Picture (b, 3, 8H, 8W) -> mean and log variance of the posterior, (b, z, H, W) each."""
-        mean, logvar = self.quant_conv(self.encoder(x.contiguous())).chunk(2, dim=1)  # (b, z, H, W) each
+        moments = self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last)))  # (b, 2z, H, W)
+        mean, logvar = moments.chunk(2, dim=1)  # (b, z, H, W) each
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
