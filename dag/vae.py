@@ -7,7 +7,6 @@ Two traps, both silent: a stride-2 convolution pads right and bottom only (paddi
 a level), and every GroupNorm has epsilon 1e-6. Source: CompVis ldm/modules/diffusionmodules/model.py.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -153,10 +152,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place.
-
-    Feature maps are laid out with channels last: the convolutions are faster so on a CPU.
-    """
+    """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place."""
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
@@ -167,10 +163,9 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Picture (b, 3, 8H, 8W) -> mean and log variance of the posterior, (b, z, H, W) each."""
-        moments = self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last)))  # (b, 2z, H, W)
-        mean, logvar = moments.chunk(2, dim=1)  # (b, z, H, W) each
+        mean, logvar = self.quant_conv(self.encoder(x.contiguous())).chunk(2, dim=1)  # (b, z, H, W) each
         return mean, logvar
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (b, z, H, W) -> picture (b, 3, 8H, 8W), not clamped."""
-        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(self.post_quant_conv(z.contiguous()))
