@@ -51,7 +51,7 @@ def _faster(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     (o, c, *_), (height, width) = weight.shape, x.shape[2:]
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and height % 4 == width % 4 == 0
     learns = torch.is_grad_enabled() and any(y.requires_grad for y in (x, weight, bias))
-    return fits and min(o, c) >= 128 and height * width >= 1024 and not learns and not torch.compiler.is_compiling()
+    return fits and min(o, c) >= 128 and height * width >= 4096 and not learns and not torch.compiler.is_compiling()
 
 
 class Conv3x3(nn.Conv2d):

@@ -109,7 +109,7 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("b, height, width", [(1, 32, 32), (2, 36, 32), (1, 96, 32), (1, 4, 516)])
+@pytest.mark.parametrize("b, height, width", [(1, 64, 64), (2, 132, 32), (1, 8, 516)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_winograd(conv, calls, b, height, width, layout):
     """In one strip of tiles and in several, in every place of the picture, and each picture as if it were alone."""
@@ -122,7 +122,7 @@ def test_winograd(conv, calls, b, height, width, layout):
 
 def test_winograd_keeps_nothing(conv, calls):
     """Weights may be replaced, copied and parametrised between calls."""
-    x, other = torch.randn(1, 128, 32, 32), convolution.Conv3x3(128, 160).requires_grad_(False)
+    x, other = torch.randn(1, 128, 64, 64), convolution.Conv3x3(128, 160).requires_grad_(False)
     y = conv(x)
     twin = copy.deepcopy(conv)
     conv.load_state_dict(other.state_dict())
@@ -136,7 +136,7 @@ def test_winograd_keeps_nothing(conv, calls):
 @pytest.mark.parametrize("what", ["x", "weight", "bias", "grid", "few", "dtype", "compile"])
 def test_winograd_is_left_out(conv, calls, what):
     """Where gradients are wanted, and where it cannot pay or would not be exact, the library's convolution runs."""
-    x = torch.randn(1, 128, 34 if what == "grid" else 28 if what == "few" else 32, 32)
+    x = torch.randn(1, 128, 66 if what == "grid" else 60 if what == "few" else 64, 64)
     if what == "dtype":
         conv, x = conv.bfloat16(), x.bfloat16()
     inputs = {"x": x, "weight": conv.weight, "bias": conv.bias}
