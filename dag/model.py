@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kernels import convolution
 from weights import checkpoint, known
 
 from . import ddim
@@ -94,6 +95,8 @@ def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     names = known.locate(expected, file)
     ignored = known.check_complete(names, expected, file, config.name)
     sd = StableDiffusion.from_tensors(config, lambda name: file.tensor(names[name], device, dtype))
+    for network in (sd.unet, sd.vae):
+        convolution.install(network)
     sd.ignored = ignored
     sd.origin = known.by_size(file.file.size) if config is SD14 else config.name
     sd.origin += ", its EMA UNet" if any(name.startswith(known.EMA) for name in names.values()) else ""

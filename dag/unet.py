@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from .attention import CrossAttention, Hook, SpatialTransformer
 from .config import UNetConfig
-from .convolution import Conv3x3
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -46,14 +45,14 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             nn.GroupNorm(cfg.num_groups, in_channels, cfg.eps_res),
             nn.SiLU(inplace=True),
-            Conv3x3(in_channels, out_channels),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(cfg.num_groups, out_channels, cfg.eps_res),
             nn.SiLU(inplace=True),
             nn.Identity(),  # dropout in the original, of rate 0; it keeps the convolution's name `out_layers.3`
-            Conv3x3(out_channels, out_channels),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -79,7 +78,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2 height, 2 width)
@@ -110,7 +109,7 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(cfg.model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
 
         c = cfg.model_channels
-        self.input_blocks = nn.ModuleList([Block([Conv3x3(cfg.in_channels, c)])])
+        self.input_blocks = nn.ModuleList([Block([nn.Conv2d(cfg.in_channels, c, 3, padding=1)])])
         skips = [c]  # channels of what each input block hands to its output block
         for i, width in enumerate(widths):
             for _ in range(cfg.num_res_blocks):
@@ -140,7 +139,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(cfg.num_groups, c, cfg.eps_res),
             nn.SiLU(inplace=True),
-            Conv3x3(c, cfg.in_channels),
+            nn.Conv2d(c, cfg.in_channels, 3, padding=1),
         )
 
         factor = 1  # of the grid, on the way down and up again

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import VAEConfig
-from .convolution import Conv3x3
 
 
 class ResnetBlock(nn.Module):
@@ -20,9 +19,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, cfg: VAEConfig):
         super().__init__()
         self.norm1 = nn.GroupNorm(cfg.num_groups, in_channels, cfg.eps)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(cfg.num_groups, out_channels, cfg.eps)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
@@ -70,7 +69,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (b, c, 2 height, 2 width)
@@ -90,7 +89,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]  # SD 1.4: 128, 256, 512, 512
-        self.conv_in = Conv3x3(3, cfg.ch)
+        self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
         self.down = nn.ModuleList()
         c = cfg.ch
         for i, width in enumerate(widths):
@@ -104,7 +103,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = _middle(c, cfg)
         self.norm_out = nn.GroupNorm(cfg.num_groups, c, cfg.eps)
-        self.conv_out = Conv3x3(c, 2 * cfg.z_channels)
+        self.conv_out = nn.Conv2d(c, 2 * cfg.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (b, ch, 8H, 8W)
@@ -124,7 +123,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]
         c = widths[-1]
-        self.conv_in = Conv3x3(cfg.z_channels, c)
+        self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
         self.mid = _middle(c, cfg)
         levels = []
         for i in reversed(range(len(widths))):
@@ -138,7 +137,7 @@ class Decoder(nn.Module):
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(cfg.num_groups, c, cfg.eps)
-        self.conv_out = Conv3x3(c, 3)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)  # (b, c, H, W)

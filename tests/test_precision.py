@@ -10,8 +10,9 @@ from PIL import Image
 from torch import nn
 
 import sample as program
-from dag import Guidance, convolution, sample
+from dag import Guidance, sample
 from dag.model import NumericsError
+from kernels import convolution
 
 PROMPTS, SEEDS = ["a red circle on grey", "a blue star"], [1, 2]
 
@@ -98,7 +99,9 @@ def test_attention_gets_the_layout_of_fused_kernels(shapes, monkeypatch):
 
 @pytest.fixture
 def conv():
-    return convolution.Conv3x3(128, 160).requires_grad_(False)
+    layer = nn.Conv2d(128, 160, 3, padding=1).requires_grad_(False)
+    convolution.install(layer)
+    return layer
 
 
 @pytest.fixture
@@ -122,10 +125,11 @@ def test_winograd(conv, calls, b, height, width, layout):
 
 def test_winograd_keeps_nothing(conv, calls):
     """Weights may be replaced, copied and parametrised between calls."""
-    x, other = torch.randn(1, 128, 64, 64), convolution.Conv3x3(128, 160).requires_grad_(False)
+    x, other = torch.randn(1, 128, 64, 64), nn.Conv2d(128, 160, 3, padding=1).requires_grad_(False)
     y = conv(x)
     twin = copy.deepcopy(conv)
     conv.load_state_dict(other.state_dict())
+    convolution.install(other)
     assert torch.equal(conv(x), other(x)) and torch.equal(twin(x), y)
     nn.utils.parametrize.register_parametrization(conv, "weight", nn.ReLU())
     other.weight.relu_()

@@ -1,4 +1,6 @@
-"""The networks' 3 x 3 convolution. On a CPU, without gradients, it is computed in Winograd's way where that is faster.
+"""The networks' 3 x 3 convolutions in Winograd's way, on a CPU, without gradients, where that is faster.
+
+Loading puts it in place of nn.Conv2d's (`install`); the networks are written, and read, without it.
 
 A tile of 4 x 4 outputs then takes 36 products per pair of channels instead of 144. Its transforms evaluate polynomials
 at POINTS and at infinity; these points halve the error of the usual 0, 1, -1, 2, -2.
@@ -57,11 +59,15 @@ def _faster(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 class Conv3x3(nn.Conv2d):
     """(b, in, height, width) -> (b, out, height, width): nn.Conv2d with a kernel of 3 x 3 and a padding of 1."""
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # once: a parametrised weight is made anew at every look
         if _faster(x, weight, bias):
             return winograd(x, weight, bias)
         return self._conv_forward(x, weight, bias)
+
+
+def install(network: nn.Module) -> None:
+    """Make every such convolution of a network a Conv3x3; parameters and their names stay as they are."""
+    for layer in network.modules():
+        if type(layer) is nn.Conv2d and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1)):
+            layer.__class__ = Conv3x3
