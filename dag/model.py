@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kernels import convolution
 from weights import checkpoint, known
 
 from . import ddim
@@ -57,9 +58,12 @@ class StableDiffusion(nn.Module):
         return self.vae.quant_conv.weight.dtype
 
     def encode(self, image: Tensor) -> Tensor:
-        """Picture (b, 3, 8H, 8W) in [-1, 1] -> scaled latent (b, 4, H, W) float32: the mean of the posterior."""
-        mean, _ = self.vae.encode(image.to(self.device, self.dtype))  # (b, 4, H, W)
-        return mean.float() * self.config.vae.scale_factor
+        """Picture (b, 3, 8H, 8W) in [-1, 1] -> scaled latent (b, 4, H, W) float32: the mean of the posterior.
+
+        One picture after the other, as in `decode`.
+        """
+        means = [self.vae.encode(one.to(self.device, self.dtype))[0].float() for one in image.split(1)]
+        return torch.cat(means) * self.config.vae.scale_factor  # (b, 4, H, W)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent (b, 4, H, W) -> picture (b, 3, 8H, 8W) in [-1, 1], float32.
@@ -96,6 +100,8 @@ def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     names = known.locate(expected, file)
     ignored = known.check_complete(names, expected, file, config.name)
     sd = StableDiffusion.from_tensors(config, lambda name: file.tensor(names[name], device, dtype))
+    for network in (sd.unet, sd.vae):
+        convolution.install(network)
     sd.ignored = ignored
     sd.origin = known.by_size(file.file.size) if config is SD14 else config.name
     sd.origin += ", its EMA UNet" if any(name.startswith(known.EMA) for name in names.values()) else ""

@@ -7,7 +7,6 @@ Two traps, both silent: a stride-2 convolution pads right and bottom only (paddi
 a level), and every GroupNorm has epsilon 1e-6. Source: CompVis ldm/modules/diffusionmodules/model.py.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,7 +46,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (b, 1, n, c) each
+        # (b, 1, n, c) each, in the one layout that fused attention takes
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None].contiguous() for f in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)  # (b, 1, n, c)
         y = y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (b, c, height, width)
         return self.proj_out(y).add_(x)
@@ -151,10 +151,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place.
-
-    The decoder's feature maps are laid out with channels last: its convolutions are faster so.
-    """
+    """Pictures in [-1, 1] <-> unscaled latents. The scale factor is applied by StableDiffusion, in one place."""
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
@@ -170,4 +167,4 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latent (b, z, H, W) -> picture (b, 3, 8H, 8W), not clamped."""
-        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(self.post_quant_conv(z.contiguous()))

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import sample as program
 from dag import Guidance, sample
 from dag.model import NumericsError
+from kernels import convolution
 
 PROMPTS, SEEDS = ["a red circle on grey", "a blue star"], [1, 2]
 
@@ -106,6 +109,81 @@ def test_pictures_are_decoded_one_by_one(shapes):
     """So memory does not grow with the batch, and a picture does not depend on its neighbours."""
     z = torch.randn(3, 4, 16, 16)
     assert torch.equal(shapes.decode(z), torch.cat([shapes.decode(one[None]) for one in z]))
+
+
+def test_pictures_are_encoded_one_by_one(shapes, monkeypatch):
+    pictures = torch.rand(3, 3, 64, 64) * 2 - 1
+    apart, real, sizes = torch.cat([shapes.encode(one[None]) for one in pictures]), shapes.vae.encode, []
+    monkeypatch.setattr(shapes.vae, "encode", lambda x: sizes.append(len(x)) or real(x))
+    assert torch.equal(shapes.encode(pictures), apart) and sizes == [1, 1, 1]
+
+
+def test_attention_gets_the_layout_of_fused_kernels(shapes, monkeypatch):
+    """Whatever layout the feature map of the VAE has: fused attention wants the channels next to each other."""
+    seen, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.extend(qkv) or real(*qkv))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        shapes.vae.decoder.mid.attn_1(torch.randn(1, 64, 8, 8).contiguous(memory_format=layout))
+    assert len(seen) == 6 and all(x.stride()[-2:] == (64, 1) for x in seen)
+
+
+@pytest.fixture
+def conv():
+    layer = nn.Conv2d(128, 160, 3, padding=1).requires_grad_(False)
+    convolution.install(layer)
+    return layer
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts calls of winograd."""
+    seen, real = [], convolution.winograd
+    monkeypatch.setattr(convolution, "winograd", lambda *args: seen.append(1) or real(*args))
+    return seen
+
+
+@pytest.mark.parametrize("b, height, width", [(1, 64, 64), (2, 132, 32), (1, 8, 516)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_winograd(conv, calls, b, height, width, layout):
+    """In one strip of tiles and in several, in every place of the picture, and each picture as if it were alone."""
+    x = F.silu(torch.randn(b, 128, height, width)).contiguous(memory_format=layout)
+    exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    y = conv(x)
+    assert calls and (y - exact).abs().max() <= 5e-6 * exact.abs().max()
+    assert torch.equal(y[-1:], conv(x[-1:]))
+
+
+def test_winograd_keeps_nothing(conv, calls):
+    """Weights may be replaced, copied and parametrised between calls."""
+    x, other = torch.randn(1, 128, 64, 64), nn.Conv2d(128, 160, 3, padding=1).requires_grad_(False)
+    y = conv(x)
+    twin = copy.deepcopy(conv)
+    conv.load_state_dict(other.state_dict())
+    convolution.install(other)
+    assert torch.equal(conv(x), other(x)) and torch.equal(twin(x), y)
+    nn.utils.parametrize.register_parametrization(conv, "weight", nn.ReLU())
+    other.weight.relu_()
+    assert torch.equal(conv(x), other(x))
+    assert len(calls) == 6 and set(twin.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("what", ["x", "weight", "bias", "grid", "few", "dtype", "compile"])
+def test_winograd_is_left_out(conv, calls, what):
+    """Where gradients are wanted, and where it cannot pay or would not be exact, the library's convolution runs."""
+    x = torch.randn(1, 128, 66 if what == "grid" else 60 if what == "few" else 64, 64)
+    if what == "dtype":
+        conv, x = conv.bfloat16(), x.bfloat16()
+    inputs = {"x": x, "weight": conv.weight, "bias": conv.bias}
+    if what in inputs:
+        inputs[what].requires_grad_()
+    run = torch.compile(conv, backend="eager", fullgraph=True) if what == "compile" else conv
+    y = run(x)
+    assert not calls and torch.equal(y, F.conv2d(x, conv.weight, conv.bias, padding=1))
+    assert y.requires_grad == (what in inputs)
+    if what in inputs:
+        with torch.no_grad():
+            conv(x)
+        assert calls
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

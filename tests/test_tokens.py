@@ -115,6 +115,18 @@ def queries(random_model):
     return data
 
 
+def test_queries_are_read_picture_by_picture(random_model, monkeypatch):
+    sizes, real = [], random_model.unet.forward
+    monkeypatch.setattr(random_model.unet, "forward", lambda x, *rest: sizes.append(len(x)) or real(x, *rest))
+    x, context = torch.randn(3, 4, 16, 16), random_model.text.encode(["a", "b", "c"])
+    data = AnnotatedQueries(random_model, Reading((1, 2)), torch.zeros(3, 16, 16))
+    data.add(500, x, context)
+    assert sizes == [1, 1, 1] and all(q.dtype == torch.float16 and len(q) == 3 for q in data.queries[0])
+    alone = AnnotatedQueries(random_model, Reading((1, 2)), torch.zeros(1, 16, 16))
+    alone.add(500, x[2:], context[2:])
+    assert all(torch.equal(q[2:], one) for q, one in zip(data.queries[0], alone.queries[0], strict=True))
+
+
 @pytest.mark.parametrize("method, recipe", [(optimise, Recipe(steps=30)), (optimise_paper, replace(PAPER, steps=30))])
 def test_thirty_steps_lower_the_loss(queries, tokens, method, recipe):
     progress = list(method(queries, tokens, recipe, every=5))

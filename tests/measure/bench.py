@@ -137,9 +137,9 @@ def networks(case: parity.Case, rounds: int) -> None:
     _, H, W = case.sizes[0]
     x, t, context = parity.inputs(case, 2, H, W)
     unets = alternately(rounds, lambda: case.sd.unet(x, t, context), lambda: case.unet(x, t, context))
-    row("UNet step, 2 rows", *unets, "s", 0.90)
+    row("UNet step, 2 rows", *unets, "s", 0.85)
     vaes = alternately(rounds, lambda: case.sd.vae.decode(x[:1]), lambda: case.vae.decode(x[:1]))
-    row("VAE decode, 1 picture", *vaes, "s", 0.95)
+    row("VAE decode, 1 picture", *vaes, "s", 0.80)
     row("maps of one concept, and the step they are part of", *maps_share(case, rounds), "s", 0.01)
 
 
