@@ -42,6 +42,8 @@ def parser() -> Parser:
     choices = ("auto", "plain", "fused")
     implementations = "maps by PyTorch (plain) or the Triton kernel (fused); auto: what a trial on the GPU favours"
     add("--attention", choices=choices, default="auto", help=implementations)
+    waits = "the first steps wait some minutes for it; worth it for many pictures"
+    add("--compile", action="store_true", help=f"run the UNet through torch.compile: {waits}")
     columns = f"a column for each: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)"
     add("--guidance", type=methods, metavar="LIST", help=columns)
     add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
@@ -133,6 +135,12 @@ def run(args: argparse.Namespace) -> int:
     authors = [SLD.SAFETY_TEXT] if args.safety_text is None and cfg.text.num_words is None else texts
     fused, attention = setup.attention(args.attention, sd, concepts)
     blind = [WithoutMaps(sd.unet, concepts, fused)] if fused and concepts else []
+    if args.compile:
+        print(
+            "--compile: the first step, and the first that is guided, wait for torch.compile, minutes in all",
+            flush=True,
+        )
+        setup.compile_unet(sd)
     guidances = {
         name: by_name(name, authors if name.startswith("sld") else texts, concepts, constants, fused) for name in names
     }
@@ -146,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {
         "model": str(args.ckpt or cfg.name), "origin": sd.origin, "steps": args.steps, "scale": scale,
         "height": size[0], "width": size[1], "seed": args.seed, "n_images": args.n_images,
-        "device": device, "dtype": dtype, "attention": attention, "guidance": names,
+        "device": device, "dtype": dtype, "attention": attention, "compile": args.compile, "guidance": names,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
         "safety_texts": {name: list(g.safety_texts or filter(None, [g.uncond_text])) for name, g in guidances.items()},
         "dag": asdict(constants) if looks else None,
@@ -229,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
 
 def is_demonstration(args: argparse.Namespace) -> bool:
     """Whether these arguments draw the very pictures that come with the project."""
-    free = ("out", "device", "dtype", "attention", "batch_size", "save_maps", "debug")
+    free = ("out", "device", "dtype", "attention", "compile", "batch_size", "save_maps", "debug")
     own, default = ({k: v for k, v in vars(a).items() if k not in free} for a in (args, parser().parse_args([])))
     return own == default
 
@@ -298,7 +306,17 @@ def save(drawing, number: int, job: dict, args: argparse.Namespace, settings: di
 
 def detect(args: argparse.Namespace) -> int:
     """What the tokens see in a picture: maps over it, a report, and a yes or no per concept."""
-    for_drawing = "prompt", "prompts", "guidance", "safety_text", "save_maps", "scale", "batch_size", "resume"
+    for_drawing = (
+        "prompt",
+        "prompts",
+        "guidance",
+        "safety_text",
+        "save_maps",
+        "scale",
+        "batch_size",
+        "resume",
+        "compile",
+    )
     useless = [name for name in for_drawing if getattr(args, name) not in (None, False)]
     if useless := useless + [name for name in given(args) if name not in ("unsafe", "min_area")]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
