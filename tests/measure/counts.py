@@ -1,10 +1,14 @@
-"""What a step sends to a device and what the host reads there, counted on a pretended one.
+"""What a step sends to a device, what the host reads there and how much memory it takes, counted on a pretended one.
 
     python -m tests.measure.counts
 
 Operations are those of SD 1.4 at 512 x 512, without views; a call of scaled_dot_product_attention is one. The networks'
 tensors have sizes but no values there, so it takes seconds. Host reads are counted on the miniature, which really runs.
+Memory is that of tensors alive at once; a GPU needs about half a GiB more, for its context and its libraries.
 """
+
+import gc
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,35 @@ from tests.test_device import CASES, counted
 
 
 class Sizes(Pretended):
-    """A pretended device on which what is computed from memory without values has none either."""
+    """A pretended device on which what is computed from memory without values has none either.
+
+    alive, peak: bytes of its tensors, now and at most.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.owners, self.alive, self.peak = set(), 0, 0
+
+    def run(self, func, args, kwargs, given):
+        out = super().run(func, args, kwargs, given)
+        for t in tensors(out):
+            if isinstance(t, Tensor):
+                self.own(t.memory.untyped_storage())
+        return out
+
+    def own(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.owners:
+            return
+        self.owners.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+        def free() -> None:
+            self.owners.remove(key)
+            self.alive -= size
+
+        weakref.finalize(storage, free)
 
     def on_memory(self, func, name, args, kwargs):
         if any(isinstance(t, Tensor) and t.memory.is_meta for t in tensors((args, kwargs))):
@@ -90,6 +122,35 @@ def operations(dtype: torch.dtype) -> dict[str, int]:
     return found
 
 
+@torch.no_grad()
+def memory() -> None:
+    """Prints GiB in float16: of the weights, and what each phase takes beside them."""
+    with Sizes() as device:
+        sd = model(torch.float16)
+        for p in sd.parameters():
+            device.own(p.memory.untyped_storage())
+        weights = device.alive
+        print(f"\n| GiB beside the weights' {weights / 2**30:.2f} | encode | UNet, with maps | decode | all, at most |")
+        print("|---|---|---|---|---|")
+        for side, b in ((512, 1), (512, 4), (768, 1), (768, 4)):
+            x = torch.zeros(2 * b, 4, side // 8, side // 8, device=device.device)
+            context, t = sd.text.encode(["a prompt"] * 2 * b), torch.full((2 * b,), 981, device=x.device)
+            probe = Probe(sd.unet, concepts(sd, 1))
+            phases = (
+                (sd.vae.encode, torch.zeros(1, 3, side, side, dtype=sd.dtype, device=device.device)),  # one by one
+                (sd.unet, x, t, context, [probe]),
+                (sd.vae.decode, x[:1].to(sd.dtype)),
+            )
+            peaks = []
+            for phase, *given in phases:
+                gc.collect()
+                device.peak = device.alive
+                phase(*given)
+                peaks.append(device.peak - weights)
+            said = " | ".join(f"{peak / 2**30:.2f}" for peak in (*peaks, weights + max(peaks)))
+            print(f"| {side} x {side}, batch {b} | {said} |", flush=True)
+
+
 def main() -> None:
     single, half = operations(torch.float32), operations(torch.float16)
     print("| operations sent | float32 | float16 |\n|---|---|---|")
@@ -101,6 +162,7 @@ def main() -> None:
         for b, count in CASES:
             few, many = (counted(b, count, find, device)[1] for find in (False, True))
             print(f"| {b} pictures, {count} concepts | {few} | {many} |")
+    memory()
 
 
 if __name__ == "__main__":
