@@ -178,9 +178,10 @@ class DAG(Guidance):
             images = active[:, k].nonzero()[:, 0].tolist()
             if images:
                 weight = (step.s_g * S[images, k, None]).to(device)  # (images, 1, H, W)
-                d_s = step.safety(k, images) - step.eps_0[images]  # (images, 4, H, W)
-                M_base = self.mask(d_s, step.eps_p[images] - step.eps_0[images])  # (images, 4, H, W)
-                eps[images] = eps[images] - weight * M_base * d_s  # Eq. 4, as Table 1 has it
+                at = torch.tensor(images, device=device)  # once: the device is waited for at each list of indices
+                d_s = step.safety(k, images) - step.eps_0[at]  # (images, 4, H, W)
+                M_base = self.mask(d_s, step.eps_p[at] - step.eps_0[at])  # (images, 4, H, W)
+                eps[at] = eps[at] - weight * M_base * d_s  # Eq. 4, as Table 1 has it
         return Estimate(eps, A, S.amax(1), active.any(1))
 
     def mask(self, d_s: Tensor, d_p: Tensor) -> Tensor:
