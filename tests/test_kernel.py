@@ -19,7 +19,7 @@ from dag.cam import attention_with_maps
 from dag.cli import setup
 from dag.config import SD14
 from dag.tokens import Reading
-from kernels import choice
+from kernels import bench, choice
 from kernels import cross_attention as kernel
 from kernels.bench import inputs
 from kernels.choice import WithoutMaps, for_run
@@ -133,6 +133,23 @@ def test_auto_is_plain_where_the_kernel_loses(card):
         card.rows = (good | changes, good)
         fused, said = card.choose(d=d)
         assert fused is None and said.startswith(words)
+
+
+def test_bench(monkeypatch, capsys):
+    """The table, a verdict for each dtype and width, and rows for the JSON line; clocks and GPU are made up."""
+    monkeypatch.setattr(bench, "inputs", lambda *args, real=bench.inputs: real(*args[:7]))
+    monkeypatch.setattr(bench, "LAYERS", ((16, 40), (8, 80)))
+    monkeypatch.setattr(bench, "to_send", lambda calls: {"plain": 60.0, "fused": 50.0})
+    monkeypatch.setattr(bench.triton.testing, "do_bench_cudagraph", lambda call: call()[0].ndim / 100)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    rows = bench.with_gpu()
+    said = capsys.readouterr().out
+    assert len(rows) == 8 and all(row["right"] and row["plain"] == row["fused"] == 40.0 for row in rows)
+    assert "a card" in said and said.count("fused: the kernel is right on this GPU and takes 1.00 of") == 4
+    monkeypatch.setattr(bench, "cross_attention_with_maps", lambda q, k, v, dk, rows: (q * 0, torch.zeros(1)))
+    monkeypatch.setattr(bench, "errors", lambda *_: (False, "1.0 of 0.1"))
+    assert not any(row["right"] for row in bench.with_gpu())
+    assert capsys.readouterr().out.count("plain: the kernel is wrong on this GPU, error of limit 1.0 of 0.1") == 4
 
 
 def test_a_surprise_is_plain_and_its_reason(card, monkeypatch):
