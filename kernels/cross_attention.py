@@ -33,8 +33,8 @@ text fit in it, so there is no loop over keys and no running softmax. For d = 80
   the only multiple Triton sees by itself, and without one no load is 128 bits wide.
 - Programs of 32 pixels on 2 warps, so that every GPU runs the same tensor-core instructions, a warp's. 64 pixels on 4
   warps get a Hopper GPU's own (wgmma), and ptxas 12.8, which comes with triton 3.6, compiles those wrongly here: it
-  reads the descriptor of a tile of v from a register that holds something else. The outputs were wrong by 2.0 or the
-  kernel crashed (H200); of 8 shapes tried, none was wrong with 2 warps. Cost of it: 9.0 against 8.8 microseconds.
+  takes half of the descriptor of a tile of v from the wrong register. On an H200 outputs were wrong by 2, or the kernel
+  crashed; with 2 warps all of the grid is right. Its cost there: 9.0 against 8.8 microseconds.
 - More than 16 concept rows take a launch for every 16.
 - Limits. `obstacle` and `fault` refuse, in one line, what the kernel cannot do: GPUs below capability 8.0, dtypes other
   than float16 and bfloat16 (interpreted, the CPU and float32 are allowed too), d > 160 and m > 80.
