@@ -36,11 +36,17 @@ def parser() -> Parser:
     add("--scale", type=number(float, 0, 1000), help=f"guidance scale s_g (default: {scales})")
     add("--seed", type=number(int, 0, 2**62), default=0, help="of the first picture of each prompt (default: 0)")
     add("--n-images", type=number(int, 1, 10000), default=1, help="per prompt; number i uses seed + i (default: 1)")
-    add("--batch-size", type=number(int, 1, 1000), help="drawn side by side (default: what makes four of 512 x 512)")
+    add(
+        "--batch-size",
+        type=number(int, 1, 1000),
+        help="drawn side by side (default: as many pixels as four of 512 x 512)",
+    )
     for name in ("--height", "--width"):
         add(name, type=side, help=f"pixels, a multiple of {SIDE} (default: {SD14.size}, miniature {SHAPES.size})")
     choices = ("auto", "plain", "fused")
-    implementations = "maps by PyTorch (plain) or the Triton kernel (fused); auto: what a trial on the GPU favours"
+    implementations = (
+        "maps by PyTorch (plain) or the Triton kernel (fused); auto: what a trial on the GPU favours, once"
+    )
     add("--attention", choices=choices, default="auto", help=implementations)
     waits = "the first steps wait some minutes for it; worth it for many pictures"
     add("--compile", action="store_true", help=f"run the UNet through torch.compile: {waits}")

@@ -35,7 +35,7 @@ class Hook:
     every layer, the first answer to `attention` stands, and the outputs go through `output` from hook to hook.
     """
 
-    call = Call(0, 0, NO_ROWS, slice(None), NO_ROWS)  # outside a loop every row is conditional
+    call = Call(0, 0, NO_ROWS, slice(None), NO_ROWS)  # until a loop sets it, every row is conditional
 
     def attention(self, layer: "CrossAttention", q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Take the place of `cross_attention`: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d), or None."""
@@ -56,9 +56,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The main attention, softmax(q k^T / sqrt(d)) v: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d).
+    """The attention to the text, softmax(q k^T / sqrt(d)) v: q (b, h, n, d), k and v (b, h, m, d) -> (b, h, n, d).
 
-    Fork here. Where the probabilities themselves are wanted, the same is
+    The "main" attention elsewhere, as opposed to the maps. Fork here: on a GPU, `--attention auto` compares the kernel
+    with this function and drops it where they differ. Where the probabilities themselves are wanted, the same is
         p = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)  # (b, h, n, m)
         return p @ v
     """

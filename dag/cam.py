@@ -82,8 +82,8 @@ def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
 
     By `tokens.normalisation`. "fitted": the tokens' constants, A = clamp((raw - lo) / (hi - lo), 0, 1). "joint": OVAM's
     min-max over both rows, concept and background, so that raw = 1/2 stays 1/2. "map": the min-max of the raw map, so
-    that A reaches 1 in every picture, whatever it shows. OVAM takes its own over all pictures of a call. Here each
-    picture has one, so that it does not depend on its neighbours.
+    that A reaches 1 in every picture, whatever it shows. OVAM takes one minimum and maximum over all pictures of a
+    call; here each picture has its own, so that it does not depend on its neighbours.
     """
     how = tokens.normalisation or ("fitted" if tokens.levels else "joint")
     if how == "fitted":
@@ -105,13 +105,15 @@ class Probe(Hook):
 
     def __init__(self, unet: UNet, tokens: Sequence[GuidelineTokens], fused: AttentionWithMaps | None = None):
         self.tokens, self.fused, self.reading = tokens, fused, tokens[0].reading
+        if fused is not None and self.reading.heads != "mean":
+            raise ValueError(f"the kernel takes the mean over heads, these tokens their {self.reading.heads}")
         weight = unet.out[2].weight  # its device and dtype are those of all keys
         with torch.no_grad():
             self.dk = {
                 layer: torch.cat([guideline_keys(layer, one.embedding) for one in tokens], dim=1).to(weight)
                 for layer in layers_of(unet, self.reading)
             }  # (h, sum of K, d) each
-        if fused is None:  # `guideline_maps` computes in float32, and would ask for these at every step
+        if fused is None:  # once, because `guideline_maps` computes in float32
             self.dk = {layer: dk.to(torch.promote_types(dk.dtype, torch.float32)) for layer, dk in self.dk.items()}
         self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.dk)  # become (b, sum of K, n) each
 

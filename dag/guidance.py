@@ -167,7 +167,7 @@ class DAG(Guidance):
 
     def __call__(self, step: Inputs) -> Estimate:
         eps, device = step.cfg_eps, step.eps_p.device
-        A = step.A.cpu()  # the only look at the device: what is decided from here on would take one look each
+        A = step.A.cpu()  # the one wait for the device: all decisions below are made on the CPU
         self.remembered = A = remember(A, self.remembered, self.cfg)  # (b, concepts, H, W)
         S = self.scaler(A, self.scalings)  # (b, concepts, H, W)
         ties = torch.where(S == S.amax(1, keepdim=True), A, -1.0)  # (b, concepts, H, W); at s_max there are many
@@ -178,7 +178,7 @@ class DAG(Guidance):
             images = active[:, k].nonzero()[:, 0].tolist()
             if images:
                 weight = (step.s_g * S[images, k, None]).to(device)  # (images, 1, H, W)
-                at = torch.tensor(images, device=device)  # once: the device is waited for at each list of indices
+                at = torch.tensor(images, device=device)  # here once: the device is waited for at each list of indices
                 d_s = step.safety(k, images) - step.eps_0[at]  # (images, 4, H, W)
                 M_base = self.mask(d_s, step.eps_p[at] - step.eps_0[at])  # (images, 4, H, W)
                 eps[at] = eps[at] - weight * M_base * d_s  # Eq. 4, as Table 1 has it

@@ -25,14 +25,14 @@ class Step:
     x: Tensor  # (b, 4, H, W) latent after the step
     x0: Tensor  # (b, 4, H, W) final latent as predicted at this step
     A: Tensor | None  # (b, concepts, H, W) in [0, 1], what this step's maps showed; None for methods without maps
-    A_acted: Tensor | None  # (b, concepts, H, W), the maps that the method acted on
+    A_acted: Tensor | None  # (b, concepts, H, W), the maps that the method acted on; on the CPU, as S is
     S: Tensor | None  # (b, H, W) strength of guidance
     guided: Tensor  # (b,) bool
     unet_rows: Tensor  # (b,) int: rows sent through the UNet for each image
 
 
 def noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:
-    """Start of each image from its own CPU generator: the same on every device, in any batch, with any method."""
+    """Starts (b, *shape) from a CPU generator each: the same on every device, in any batch, with any method."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -107,7 +107,8 @@ def sample(
 
     Yields a Step for each step; the last one's x is what sd.decode takes.
     Raises, when the first step is asked for, ValueError for steps outside 1..1000, a side that is not a multiple of 64
-    or seeds that are not one per prompt; NumericsError after a step that leaves no image's latent finite.
+    or seeds that are not one per prompt; NumericsError after a step that leaves no image's latent finite,
+    and what guidance.start raises (TokenError, for DAG).
     """
     b, cfg = len(prompts), sd.config
     seeds = list(range(b)) if seeds is None else seeds

@@ -76,7 +76,7 @@ def nearest(values: Tensor, sources: Tensor) -> Tensor:
 
 
 def magnitude_scaler(A: Tensor, cfg: Scaling) -> Tensor:
-    """T = min(A / edit, magnitude) where A >= edit, else 0 (Eq. 5; it prints max, its text says 1 <= T <= 5)."""
+    """T = min(A / edit, magnitude) where A >= edit, else 0 (Eq. 5 prints max, its text says 1 <= T <= 5)."""
     return torch.where(cfg.edit <= A, (A / cfg.edit).clamp(max=cfg.magnitude), 0.0)
 
 

@@ -132,7 +132,7 @@ def machine_code(kernel: CompiledKernel) -> tuple[dict[str, int], Counter]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.check_output([dump, "--dump-resource-usage", file.name], text=True)
-        sass = subprocess.check_output([dump, "-sass", file.name], text=True)
+        sass = subprocess.check_output([dump, "-sass", file.name], text=True, stderr=subprocess.DEVNULL)
     needs = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     ops = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.M))
     loads = Counter()  # by width in bytes
@@ -244,12 +244,14 @@ def with_gpu() -> list[dict]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:  # as kernels/choice.py calls it
+    if len(sys.argv) > 6:  # as kernels/choice.py calls it
         index, dtype, b, h, K, *grids = sys.argv[1:]
         torch.cuda.set_device(int(index))
         for grid in grids:
             n, d = map(int, grid.split("x"))
             print(json.dumps(tried(getattr(torch, dtype), int(b), n, d, int(K), int(h))), flush=True)
+    elif len(sys.argv) > 1:
+        sys.exit(__doc__)
     else:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         rows = without_gpu() if gpu is None else with_gpu()

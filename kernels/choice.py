@@ -2,8 +2,8 @@
 
 "auto" takes the kernel where a trial on this GPU says that it is right and not slower, plain PyTorch everywhere else.
 The trial is a process of its own, because a kernel that reads where it must not takes every later CUDA call of its
-process with it. A verdict is for one GPU, driver, torch, triton, kernel source, dtype, head width and K; it is
-remembered in the user's cache folder. The environment variable DAG_ATTENTION stands in for "auto".
+process with it. A verdict is for one GPU, driver, torch, triton, source of the kernel and of what it stands for, dtype,
+head width and K; it is remembered in the user's cache folder.
 """
 
 import ctypes
@@ -43,8 +43,8 @@ class Verdict:
         """From results of `tried` in kernels/bench.py at one head width."""
         if wrong := [row for row in rows if not row["right"]]:
             return cls(False, f"the kernel is wrong on this GPU, error of limit {wrong[0]['errors']}")
-        for of in ("", "_sent"):  # time of the GPU, time of sending: which of them a run waits for depends on its batch
-            for ours, plain in ((row[f"fused{of}"], row[f"plain{of}"]) for row in rows):
+        for what in ("", "_sent"):  # by the GPU, to send: which of them a run waits for depends on its batch
+            for ours, plain in ((row[f"fused{what}"], row[f"plain{what}"]) for row in rows):
                 if ours > plain:
                     return cls(False, f"the kernel is slower on this GPU, {ours:.0f} against {plain:.0f} us")
         ratio = sum(row["fused"] for row in rows) / sum(row["plain"] for row in rows)
@@ -61,7 +61,6 @@ def for_run(
 
     tokens: what the run reads. Raises ValueError for an unknown choice, or where "fused" cannot run; "auto" never.
     """
-    choice = os.environ.get("DAG_ATTENTION", "auto") if choice == "auto" else choice
     if choice not in CHOICES:
         raise ValueError(f"attention is '{choice}', expected {', '.join(CHOICES)}")
     if choice == "plain":
@@ -93,9 +92,10 @@ def for_run(
 
 
 def judged(device: torch.device, dtype: torch.dtype, h: int, K: int, grids: dict[int, int]) -> Verdict:
-    """The verdict for queries of some head widths (grids: n by d), remembered or from a trial."""
+    """The verdict for queries of some head widths (grids: head width d -> pixels n), remembered or from a trial."""
     kind = str(dtype).removeprefix("torch.")
-    source = hashlib.sha256((HERE / "cross_attention.py").read_bytes()).hexdigest()[:16]
+    files = HERE / "cross_attention.py", HERE.parent / "dag" / "attention.py", HERE.parent / "dag" / "cam.py"
+    source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     gpu = torch.cuda.get_device_name(device), f"driver {driver()}"
     common = *gpu, f"torch {torch.__version__}", f"triton {version('triton')}", f"kernel {source}", kind
     keys = {d: ", ".join((*common, f"d {d}", f"K {K}")) for d in grids}
@@ -105,7 +105,7 @@ def judged(device: torch.device, dtype: torch.dtype, h: int, K: int, grids: dict
         for d in missing:
             own = [row for row in rows if row["d"] == d]
             known[keys[d]] = Verdict.of(own) if own else Verdict(False, surprise)
-        if "out of memory" not in surprise.lower():  # another time there may be enough
+        if not any(words in surprise.lower() for words in ("out of memory", "did not end")):  # another time it may do
             remember(known)
     verdicts = [known[key] for key in keys.values()]
     return next((verdict for verdict in verdicts if not verdict.fused), verdicts[0])

@@ -39,7 +39,7 @@ text fit in it, so there is no loop over keys and no running softmax. For d = 80
 - Limits. `obstacle` and `fault` refuse, in one line, what the kernel cannot do: GPUs below capability 8.0, dtypes other
   than float16 and bfloat16 (interpreted, the CPU and float32 are allowed too), d > 160 and m > 80.
 
-Proved by  python -m pytest tests/test_kernel.py            interpreted, compiled for GPUs that are not there, on one
+Proved by  python -m pytest tests/test_kernel.py            interpreted; compiled for absent GPUs; run on a present one
            python -m pytest -m full tests/test_kernel.py    the same, every shape
 Timed by   python -m kernels.bench                          on a GPU; without one it prints bytes and instructions
 Chosen by  kernels/choice.py

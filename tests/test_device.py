@@ -116,27 +116,30 @@ def test_token_training(tmp_path, monkeypatch):
     assert GuidelineTokens.load(out).loss > 0
 
 
-def counted(b: int, count: int, find: bool, device: Counting) -> tuple[int, int]:
-    """The most that is sent and that is read in a step of b pictures with so many concepts, 0: plain guidance."""
-    sd = model(torch.float32)
+def counted(b: int, count: int, find: bool, device: Counting) -> tuple[int, int, int]:
+    """The most that is sent, read and written in a step of b pictures with so many concepts, 0: plain guidance."""
+    sd = model(torch.float32, device.device.type)
     scaling = replace(sd.config.dag.scaling, min_area=0.0 if find else 1.0)  # else: what is there is too small
     method = DAG(*concepts(count), cfg=replace(sd.config.dag, scaling=scaling)) if count else Guidance()
     found, loop = [], dag.sample(sd, ["a red circle on grey"] * b, method, 3)
     next(loop)  # prepares
     for _ in range(2):
         device.reset()
-        assert next(loop).guided.all() == find
-        found.append((device.sent, device.reads.total()))
-    return max(sent for sent, _ in found), max(reads for _, reads in found)
+        assert next(loop).guided.tolist() == [find] * b
+        found.append((device.sent, device.reads.total(), device.writes.total()))
+    return tuple(map(max, zip(*found, strict=True)))
 
 
 CASES = [(b, count) for b in (1, 3) for count in (1, 2)]  # pictures and concepts
 
 
 def test_reads(device):
-    """The host waits for the device at most twice a step, whatever the batch, the concepts and what is found."""
-    reads = {(*case, find): counted(*case, find, device)[1] for case in CASES for find in (False, True)}
-    assert max(reads.values()) <= 2, reads
+    """The host waits for the maps and for whether the latent is finite, whatever the batch, the concepts and what is
+    found; it hands over a strength and two lists of indices for each concept that acts."""
+    for b, count in CASES:
+        for find in (False, True):
+            _, reads, writes = counted(b, count, find, device)
+            assert (reads, writes) == (2, 3 * count if find else 0), (b, count, find)
 
 
 def test_operations(device):

@@ -3,7 +3,8 @@
     python -m tests.measure.counts
 
 Operations are those of SD 1.4 at 512 x 512, without views; a call of scaled_dot_product_attention is one. The networks'
-tensors have sizes but no values there, so it takes seconds. Host reads are counted on the miniature, which really runs.
+tensors have sizes but no values there, so it takes half a minute. Host reads are counted on the miniature, which really
+runs. It needs the `parity` extra.
 Memory is that of tensors alive at once; a GPU needs about half a GiB more, for its context and its libraries.
 """
 
