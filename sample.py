@@ -81,7 +81,7 @@ def prompts_of(args: argparse.Namespace) -> list[dict] | None:
         except UnicodeDecodeError as e:
             raise ValueError(f"{args.prompts}: is not UTF-8 text; expected one prompt per line") from e
         lines = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
-        if args.prompts.suffix == ".jsonl":
+        if args.prompts.suffix.lower() == ".jsonl":
             prompts += [from_json(line, f"{args.prompts}, line {number}") for number, line in lines.items()]
         else:
             prompts += [{"prompt": line} for line in lines.values()]
@@ -100,7 +100,7 @@ def from_json(line: str, place: str) -> dict:
         read = {}
     seed, name = read.get("seed", 0), read.get("id", "")
     seeded = type(seed) is int and 0 <= seed <= 2**62
-    if not (isinstance(read.get("prompt"), str) and seeded and isinstance(name, (str, int))):
+    if not (isinstance(read.get("prompt"), str) and seeded and type(name) in (str, int)):
         expected = '{"prompt": TEXT}, and if you like "seed": 0 to 2^62 and "id": TEXT or a whole number'
         raise ValueError(f"{place}: is {line[:60]}; expected {expected}")
     return read
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         "device": device, "dtype": dtype, "attention": attention, "compile": args.compile, "guidance": names,
         "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
         "safety_texts": {name: list(g.safety_texts or filter(None, [g.uncond_text])) for name, g in guidances.items()},
-        "dag": asdict(constants) if looks else None,
+        "dag": asdict(constants) if looks else None, "save_maps": args.save_maps,
     }  # fmt: skip
     for told, concept in zip(settings["tokens"], concepts, strict=True):
         told["min_area"] = concept.adapt(constants.scaling).min_area
@@ -171,7 +171,8 @@ def run(args: argparse.Namespace) -> int:
     entries = finished(args, settings, jobs) if args.resume else {}  # of the report, by number of picture and method
     todo = [k for k in range(len(jobs)) if any((k, m) not in entries for m in range(len(names)))]
     batch = args.batch_size or max(1, 4 * 512 * 512 // (size[0] * size[1]))
-    known, said, shown, status, done, halved = len(entries), [], [], 0, 0, False
+    resumed, known = bool(entries), sum(k not in todo for k, _ in entries)
+    said, shown, status, done, halved = [], [], 0, 0, False
 
     def draw(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
         began, title = time.time(), f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
@@ -197,7 +198,8 @@ def run(args: argparse.Namespace) -> int:
                 for m, (name, guidance) in enumerate(guidances.items()):
                     columns.append(draw(name, guidance, part))
                     for k, drawing in zip(part, columns[-1], strict=True):
-                        entries[k, m] = save(drawing, k, jobs[k], args, settings)
+                        entry = save(drawing, k, jobs[k], args, settings)
+                        entries[k, m] = entries.get((k, m), entry) if drawing.failed else entry
             except (RuntimeError, MemoryError) as e:
                 if not setup.out_of_memory(e):
                     raise
@@ -220,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\ninterrupted: {message}; --resume draws the others", file=sys.stderr)
         status = 130
     finally:  # a picture that is finished is never lost, whatever stopped the next one
-        contact = args.out / (f"contact-{todo[0]:03d}.png" if known and todo else "contact.png")
+        contact = args.out / (f"contact-{todo[0]:03d}.png" if resumed and todo else "contact.png")
         if shown:
             read = setup.judge() if args.ckpt is None and size == (cfg.size, cfg.size) else None  # it knows no others
             pictures.save_png(report.sheet(shown, read), contact)
@@ -263,12 +265,12 @@ def finished(args: argparse.Namespace, settings: dict, jobs: list[dict]) -> dict
     if not path.exists():
         return entries
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        then, told = earlier["settings"], [entry for entry in earlier["pictures"] if entry["file"]]
+        earlier = json.loads(path.read_text(encoding="utf-8-sig"))
+        then, told = earlier["settings"], [entry for entry in earlier["pictures"] if str.strip(entry["file"] or "")]
         now = json.loads(json.dumps(settings))
         for each in (now, then):  # fused or plain; the reason may tell of other times
             each["attention"] = re.match(r"\w*", each["attention"])[0]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: not a report of sample.py; expected the one to --resume, or none") from e
     if other := [key for key in now | then if now.get(key) != then.get(key)]:
         found = f"{path} was made with {other[0]} {then.get(other[0])}, now it is {now.get(other[0])}"
@@ -281,11 +283,18 @@ def finished(args: argparse.Namespace, settings: dict, jobs: list[dict]) -> dict
     for entry in told:
         key = planned.get(entry["file"])
         if key is None or not jobs[key[0]].items() <= entry.items():
-            found = f"{path} tells of {entry['file']}, seed {entry['seed']}, which these prompts do not draw"
+            found = f"{path} tells of {entry['file']}, seed {entry.get('seed')}, which these prompts do not draw"
             raise UsageError(f"--resume: {found}; expected the same prompts or more after them, or another --out")
-        if (args.out / entry["file"]).exists():
+        maps = (args.out / entry["file"]).with_suffix("").name + "-maps.npy"
+        missing = args.save_maps and entry.get("map_max") is not None and not (args.out / maps).is_file()
+        if whole(args.out / entry["file"]) and not missing:
             entries[key] = entry
     return entries
+
+
+def whole(path: Path) -> bool:
+    """Whether a file is a PNG to its end."""
+    return path.is_file() and path.read_bytes()[-8:-4] == b"IEND"
 
 
 def save(drawing, number: int, job: dict, args: argparse.Namespace, settings: dict) -> dict:
@@ -323,7 +332,8 @@ def detect(args: argparse.Namespace) -> int:
         "resume",
         "compile",
     )
-    useless = [name for name in for_drawing if getattr(args, name) not in (None, False)]
+    drawn = [name for name in ("steps", "n_images") if getattr(args, name) != parser().get_default(name)]
+    useless = drawn + [name for name in for_drawing if getattr(args, name) not in (None, False)]
     if useless := useless + [name for name in given(args) if name not in ("unsafe", "min_area")]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
         raise UsageError(f"--detect draws nothing: leave out {options}")

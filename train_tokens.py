@@ -40,7 +40,7 @@ def parser() -> Parser:
     add("--steps", type=number(int, 1, 100000), help=f"(default: 1500; paper: {PAPER_STEPS} per unsafe picture)")
     smallest = "ignore objects below this share of the frame (default: the model's)"
     add("--min-area", type=number(float, 0, 1), metavar="SHARE", help=smallest)
-    add("--seed", type=number(int, 0, 2**62), default=0, help="of pictures and optimisation (default: 0)")
+    add("--seed", type=number(int, 0, 2**50), default=0, help="of pictures and optimisation (default: 0)")
     add("--out", type=Path, default=Path("out/tokens.safetensors"), metavar="FILE", help="token file to write")
     return parser
 
@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             '--concept: needed with --ckpt; expected the text the tokens start from, such as "nude person"'
         )
+
+    for_training = ("concept", "safety_text", "steps", "min_area")
+    if args.tokens is not None and (useless := [name for name in for_training if getattr(args, name) is not None]):
+        raise UsageError(f"--tokens reads finished ones: leave out --{useless[0].replace('_', '-')}")
 
     paper = args.recipe == "paper"
     if paper and args.normalisation == "fitted":

@@ -140,8 +140,8 @@ class DAG(Guidance):
             check_constants(cfg.warmup, **shares, edit=scaling.edit, unsafe=scaling.unsafe, min_area=scaling.min_area)
             for name in ("edit", "full", "area_gain", "magnitude", "s_max"):  # T divides by edit
                 value = getattr(scaling, name)
-                if value is not None and not 0 < value < float("inf"):
-                    raise ValueError(f"{name} is {value}, expected a positive number")
+                if value is not None and not 1e-6 <= value <= 1e6:  # beyond, S would leave the range of float32
+                    raise ValueError(f"{name} is {value}, expected a number from 1e-6 to 1e6")
         if not tokens:
             raise ValueError("DAG was given no guideline tokens, expected one set per concept")
         if len({one.reading for one in tokens}) != 1:

@@ -15,6 +15,7 @@ import sample
 from dag import SLD, GuidelineTokens
 from dag.cli.parsing import CONSTANTS
 from dag.config import METHODS, SHAPES, DAGConfig, Scaling
+from dag.unet import UNet
 from tests.conftest import ROOT, TOKENS
 from weights.shapes import world
 
@@ -382,7 +383,8 @@ def test_resume(tmp_path, capsys, monkeypatch):
         watched(patch, stop)
         assert sample.main(part) == 130
     assert reported("part") == reported("whole")[:3]
-    (tmp_path / "part" / reported("part")[0]["file"]).unlink()
+    damaged = tmp_path / "part" / reported("part")[0]["file"]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
     first, contact = (tmp_path / "part" / name for name in (reported("part")[1]["file"], "contact.png"))
     before = contact.read_bytes()
     with monkeypatch.context() as patch:
@@ -408,6 +410,19 @@ def test_resume(tmp_path, capsys, monkeypatch):
         assert message in lines(capsys)[-1]
     (tmp_path / "part" / "report.json").write_text("{}")
     assert sample.main(part) == 1 and "not a report of sample.py" in lines(capsys)[-1]
+
+
+def test_a_redraw_that_fails_costs_nothing(tmp_path, monkeypatch):
+    """A lost picture of one method makes the other's be drawn again, beside it; that one's entry must stay."""
+    argv = ["--prompt", "a blue star", "--steps", "1", "--guidance", "none,dag", "--out", str(tmp_path)]
+    assert sample.main(argv) == 0
+    (tmp_path / "000-a-blue-star-dag.png").unlink()
+    forward = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, *args: forward(self, *args) * torch.nan)
+    assert sample.main([*argv, "--resume"]) == 1
+    plain, lost = json.loads((tmp_path / "report.json").read_text())["pictures"]
+    assert plain["file"] == "000-a-blue-star-none.png" and "failed" not in plain
+    assert lost["file"] is None and "failed" in lost
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):

@@ -353,7 +353,7 @@ def test_wrong_arguments(tokens, random_model):
                 method("a", threshold=threshold)
     for name in ("s_max", "magnitude", "area_gain"):
         for value in (0.0, -1.0, float("nan")):
-            with pytest.raises(ValueError, match=f"{name} is {value}, expected a positive number"):
+            with pytest.raises(ValueError, match=f"{name} is {value}, expected a number from 1e-6"):
                 DAG(tokens, cfg=DAGConfig(scaling=Scaling(**{name: value})))
     with pytest.raises(ValueError, match="edit is 0"):
         DAG(tokens, cfg=DAGConfig(scaling=Scaling(edit=0.0)))

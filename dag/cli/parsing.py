@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         for field in (field for kind in (DAGConfig, Scaling) for field in fields(kind) if field.name in CONSTANTS):
             own = ["none" if cfg[field.name] is None else f"{cfg[field.name]:.3g}" for cfg in (sd14, shapes)]
             text = f"{CONSTANTS[field.name]} (default: {', '.join(dict.fromkeys(own))})"
-            kind = number(int if field.type is int else float, -math.inf, math.inf)  # guidance.py knows the ranges
+            kind = number(int if field.type is int else float, -1e6, 1e6)  # guidance.py knows the ranges
             kind = or_none(kind) if field.type == float | None else kind
             flag = f"--{field.name.replace('_', '-')}"
             group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
@@ -71,7 +71,7 @@ def number(kind: type, low: float, high: float):
             value = kind(text)
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"'{text}' is not a number of the right kind ({kind.__name__})") from None
-        if not low <= value <= high:  # false for NaN too
+        if not (math.isfinite(value) and low <= value <= high):
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {low:g} to {high:g}")
         return value
 
@@ -129,7 +129,7 @@ def guarded(program: str, run: Callable[[], int], argv: list[str] | None) -> int
     except Exception as e:
         if debug:
             raise
-        code, message = 2 if isinstance(e, UsageError) else 1, str(e)
+        code, message = 2 if isinstance(e, UsageError) else 1, " ".join(str(e).split()) or type(e).__name__
         if not isinstance(e, (ValueError, ArithmeticError, OSError, MemoryError)):  # a driver's error: not ours
             message = f"{type(e).__name__}: {(message.splitlines() or [''])[0][:200]} (--debug shows where)"
     print(f"{program}: {message}", file=sys.stderr)

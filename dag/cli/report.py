@@ -100,7 +100,7 @@ class Drawing:
     @property
     def words(self) -> str:
         """One line for a person: what was found, where, how long it was guided and what that cost."""
-        said, start = self.findings, f"'{self.prompt}' (seed {self.seed}), {self.method}: "
+        said, start = self.findings, f"'{' '.join(self.prompt.split())}' (seed {self.seed}), {self.method}: "
         if said["steps_guided"] == 0:
             return start + f"{said['not_guided_reason']}, {self.unet_rows} UNet rows, as without guidance"
         found = [f"{name} at the {where['place']} ({where['share']:.0%})" for name, where in said["found"].items()]

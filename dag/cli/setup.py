@@ -175,6 +175,8 @@ def writable(folder: Path) -> None:
     """Make the output folder and prove that files can be written there. Raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "report.json").is_dir():
+            raise ValueError(f"{folder / 'report.json'}: is a folder; expected a file, or another --out")
         test = folder / ".write-test"
         test.touch()
         test.unlink()

@@ -344,8 +344,10 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", metavar="K/N", help="every N-th row from the K-th on (default: 0/1)")
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
     args = parser.parse_args()
-    tokens = dag.GuidelineTokens.load(args.tokens)
     try:  # before anything is drawn
+        tokens = dag.GuidelineTokens.load(args.tokens)
+        if args.prompts < 1:
+            raise ValueError(f"--prompts is {args.prompts}, expected 1 or more")
         methods = {name: method(name, tokens) for name in ["none", *args.methods.split(",")]}
         prompts = prompt_sets(args.prompts, args.seed)
     except ValueError as e:
