@@ -42,6 +42,12 @@ def leases(tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def no_leftovers(monkeypatch, tmp_path):
+    """Verdicts on the kernel are not kept in the user's own cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """Programs take the CPU unless a test names a device: the suite is the same one where there is a GPU."""
     monkeypatch.setattr("dag.cli.setup.default_device", lambda: "cpu")

@@ -49,7 +49,8 @@ def concepts(count: int) -> list[GuidelineTokens]:
 
 
 def run(program, *argv, dtype: str = "float32") -> int:
-    return program.main(["--device", DEVICE, "--dtype", dtype, "--debug", *map(str, argv)])
+    plain = ["--attention", "plain"] if program is sample else []  # test_kernel.py has the kernel
+    return program.main(["--device", DEVICE, "--dtype", dtype, "--debug", *plain, *map(str, argv)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
