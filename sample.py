@@ -10,13 +10,13 @@ Pictures, a contact sheet and report.json go to --out.
 
 import argparse
 import json
-import re
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from dag.cli.parsing import Parser, UsageError, given, guarded, methods, number, side, warn
+from dag.cli.prompts import prompts_of
 from dag.config import METHODS, SD14, SHAPES, SIDE, STEPS
 
 SHEET = 64  # pictures per method that the contact sheet shows at most
@@ -63,55 +63,13 @@ def parser() -> Parser:
     return parser
 
 
-def prompts_of(args: argparse.Namespace) -> list[dict] | None:
-    """What each report entry starts from: a prompt, and the seed and id of its line if it has them.
-
-    None when neither --prompt nor --prompts was given.
-    """
-    if args.prompt is None and args.prompts is None:
-        return None
-    prompts = [{"prompt": text} for text in args.prompt or []]
-    if args.prompts is not None:
-        try:
-            lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
-        except OSError as e:
-            raise ValueError(
-                f"{args.prompts}: cannot be read ({e.strerror}); expected a text file, one prompt per line"
-            ) from e
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{args.prompts}: is not UTF-8 text; expected one prompt per line") from e
-        lines = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
-        if args.prompts.suffix.lower() == ".jsonl":
-            prompts += [from_json(line, f"{args.prompts}, line {number}") for number, line in lines.items()]
-        else:
-            prompts += [{"prompt": line} for line in lines.values()]
-        if not prompts:
-            raise ValueError(f"{args.prompts}: no prompts in it; expected one per line")
-    return prompts
-
-
-def from_json(line: str, place: str) -> dict:
-    """prompt, seed and id of a line of a .jsonl file; the last two need not be there. Raises ValueError."""
-    try:
-        read = json.loads(line)
-        json.dumps(read, ensure_ascii=False).encode()  # half a surrogate pair could not be written into the report
-        read = {key: read[key] for key in ("prompt", "seed", "id") if key in read}
-    except (ValueError, TypeError, RecursionError):
-        read = {}
-    seed, name = read.get("seed", 0), read.get("id", "")
-    seeded = type(seed) is int and 0 <= seed <= 2**62
-    if not (isinstance(read.get("prompt"), str) and seeded and type(name) in (str, int)):
-        expected = '{"prompt": TEXT}, and if you like "seed": 0 to 2^62 and "id": TEXT or a whole number'
-        raise ValueError(f"{place}: is {line[:60]}; expected {expected}")
-    return read
-
-
 def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
     from tqdm import tqdm
 
     import dag
     from dag.cli import expected, pictures, report, setup
+    from dag.cli.records import Records
     from dag.evaluation.baselines import SLD, by_name
     from dag.model import NumericsError
     from kernels.choice import WithoutMaps
@@ -168,8 +126,10 @@ def run(args: argparse.Namespace) -> int:
     for told, concept in zip(settings["tokens"], concepts, strict=True):
         told["min_area"] = concept.adapt(constants.scaling).min_area
     jobs = [job | {"seed": job.get("seed", args.seed) + i} for job in prompts for i in range(args.n_images)]
-    entries = finished(args, settings, jobs) if args.resume else {}  # of the report, by number of picture and method
-    todo = [k for k in range(len(jobs)) if any((k, m) not in entries for m in range(len(names)))]
+    records = Records(args.out, settings, jobs)
+    if args.resume:
+        records.resume()
+    entries, todo = records.entries, records.missing()
     batch = args.batch_size or max(1, 4 * 512 * 512 // (size[0] * size[1]))
     resumed, known = bool(entries), sum(k not in todo for k, _ in entries)
     said, shown, status, done, halved = [], [], 0, 0, False
@@ -186,11 +146,6 @@ def run(args: argparse.Namespace) -> int:
             pass
         return report.drawings(sd, list(zip(asked, seeds, strict=True)), name, guidance, steps, time.time() - began)
 
-    def account() -> None:
-        told, *lines = (json.dumps(part, ensure_ascii=False) for part in (settings, *map(entries.get, sorted(entries))))
-        listed = ",\n".join(lines)  # a line each; json's own indentation is ten times slower, and this is often
-        setup.write_text(args.out / "report.json", f'{{"settings": {told},\n"pictures": [\n{listed}\n]}}')
-
     try:
         while done < len(todo):
             part, columns = todo[done : done + batch], []
@@ -198,8 +153,7 @@ def run(args: argparse.Namespace) -> int:
                 for m, (name, guidance) in enumerate(guidances.items()):
                     columns.append(draw(name, guidance, part))
                     for k, drawing in zip(part, columns[-1], strict=True):
-                        entry = save(drawing, k, jobs[k], args, settings)
-                        entries[k, m] = entries.get((k, m), entry) if drawing.failed else entry
+                        records.save(k, m, drawing)
             except (RuntimeError, MemoryError) as e:
                 if not setup.out_of_memory(e):
                     raise
@@ -212,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
                     warn(f"out of memory with {len(part)} pictures side by side: halving that; see --batch-size")
                 batch, halved = len(part) // 2, True
                 continue
-            account()  # as it goes, so that --resume finds what was drawn, whatever stops the run
+            records.write()  # as it goes, so that --resume finds what was drawn, whatever stops the run
             rows = [row for row in zip(*columns, strict=True) if not any(drawing.failed for drawing in row)]
             said += [drawing.words for row in rows for drawing in row if drawing.A is not None]
             shown += rows[: SHEET - len(shown)]
@@ -226,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
         if shown:
             read = setup.judge() if args.ckpt is None and size == (cfg.size, cfg.size) else None  # it knows no others
             pictures.save_png(report.sheet(shown, read), contact)
-        account()
+        records.write()
     if status == 0:
         for line in said:
             print(line)
@@ -234,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         cut = f" (its first {SHEET} rows)" if len(todo) > SHEET else ""
         before = f", {known} of them from before" if known else ""
         sheet = f", {contact}{cut}" if shown else ""
-        print(f"{len(entries) - failed} pictures{before}{sheet} and {args.out / 'report.json'}")
+        print(f"{len(entries) - failed} pictures{before}{sheet} and {records.path}")
         if is_demonstration(args):
             print(expected.compare([drawing.image for row in shown for drawing in row]))
         if failed:
@@ -248,75 +202,6 @@ def is_demonstration(args: argparse.Namespace) -> bool:
     free = ("out", "device", "dtype", "attention", "compile", "batch_size", "save_maps", "debug")
     own, default = ({k: v for k, v in vars(a).items() if k not in free} for a in (args, parser().parse_args([])))
     return own == default
-
-
-def stem(number: int, job: dict, method: str, settings: dict) -> str:
-    """The name of a picture's file, without .png."""
-    slug = re.sub(r"[^a-z0-9]+", "-", job["prompt"].lower())[:40].strip("-") or "empty"
-    return f"{number:03d}-{slug}" + (f"-{method}" if len(settings["guidance"]) > 1 else "")
-
-
-def finished(args: argparse.Namespace, settings: dict, jobs: list[dict]) -> dict[tuple[int, int], dict]:
-    """The entries of an earlier run's report whose pictures are in --out, by number of the picture and of the method.
-
-    Raises UsageError where that run had other settings or prompts.
-    """
-    path, entries = args.out / "report.json", {}
-    if not path.exists():
-        return entries
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8-sig"))
-        then, told = earlier["settings"], [entry for entry in earlier["pictures"] if str.strip(entry["file"] or "")]
-        now = json.loads(json.dumps(settings))
-        for each in (now, then):  # fused or plain; the reason may tell of other times
-            each["attention"] = re.match(r"\w*", each["attention"])[0]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path}: not a report of sample.py; expected the one to --resume, or none") from e
-    if other := [key for key in now | then if now.get(key) != then.get(key)]:
-        found = f"{path} was made with {other[0]} {then.get(other[0])}, now it is {now.get(other[0])}"
-        raise UsageError(f"--resume: {found}; expected the same settings, or another --out")
-    planned = {
-        f"{stem(k, job, name, settings)}.png": (k, m)
-        for k, job in enumerate(jobs)
-        for m, name in enumerate(settings["guidance"])
-    }
-    for entry in told:
-        key = planned.get(entry["file"])
-        if key is None or not jobs[key[0]].items() <= entry.items():
-            found = f"{path} tells of {entry['file']}, seed {entry.get('seed')}, which these prompts do not draw"
-            raise UsageError(f"--resume: {found}; expected the same prompts or more after them, or another --out")
-        maps = (args.out / entry["file"]).with_suffix("").name + "-maps.npy"
-        missing = args.save_maps and entry.get("map_max") is not None and not (args.out / maps).is_file()
-        if whole(args.out / entry["file"]) and not missing:
-            entries[key] = entry
-    return entries
-
-
-def whole(path: Path) -> bool:
-    """Whether a file is a PNG to its end."""
-    return path.is_file() and path.read_bytes()[-8:-4] == b"IEND"
-
-
-def save(drawing, number: int, job: dict, args: argparse.Namespace, settings: dict) -> dict:
-    """Write a picture, and its maps if asked for; returns its entry of the report."""
-    import numpy as np
-
-    from dag.cli.pictures import save_png, strip
-    from weights.files import atomic_write
-
-    if drawing.failed:
-        warn(f"'{drawing.prompt}' (seed {drawing.seed}), {drawing.method}: no picture, {drawing.failed}")
-        return job | {"file": None, "guidance": drawing.method, "failed": drawing.failed}
-    name = stem(number, job, drawing.method, settings)
-    entry = job | {"file": f"{name}.png", "guidance": drawing.method}
-    entry |= {"unet_rows": drawing.unet_rows, "seconds": round(drawing.seconds, 3)} | drawing.findings
-    save_png(drawing.image, args.out / f"{name}.png", {"settings": json.dumps(settings | entry)})
-    if args.save_maps and drawing.A is not None:
-        maps = drawing.A.amax(1)  # (steps, H, W), the largest of all concepts'
-        with atomic_write(args.out / f"{name}-maps.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, maps.numpy())
-        save_png(strip(maps), args.out / f"{name}-maps.png")
-    return entry
 
 
 def detect(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sample
-from dag.cli import pictures
+from dag.cli import records
 from dag.config import SHAPES
 from tests.files import full_ema, given, original, write_ckpt
 from weights import checkpoint, known
@@ -63,7 +63,7 @@ def test_warns_of_a_tensor_of_unknown_origin(tmp_path, capsys):
 
 def test_a_file_that_is_cut_during_the_run(ckpt, tmp_path, capsys, monkeypatch, leases):
     """One line, and the pictures finished before it stay, with their report."""
-    copy, save = tmp_path / "x", pictures.save_png
+    copy, save = tmp_path / "x", records.save_png
     copy.write_bytes(ckpt.read_bytes())
 
     def save_and_cut(*args) -> None:
@@ -71,7 +71,7 @@ def test_a_file_that_is_cut_during_the_run(ckpt, tmp_path, capsys, monkeypatch, 
         if len(list((tmp_path / "out").glob("*.png"))) == 2:
             os.truncate(copy, 1000)  # waits until we are told
 
-    monkeypatch.setattr(pictures, "save_png", save_and_cut)
+    monkeypatch.setattr(records, "save_png", save_and_cut)
     assert drawn(copy, tmp_path / "out", "--n-images", "3", "--batch-size", "1") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"sample.py: {copy}: is being changed while its weights are in use")
