@@ -125,6 +125,7 @@ def trial(device: torch.device, dtype: str, h: int, K: int, grids: list[tuple[in
     command += [f"{n}x{d}" for n, d in grids]
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = os.environ | {"PYTHONPATH": path}
+    print("trying the fused kernel on this GPU, once; this takes some 20 seconds", file=sys.stderr)
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
     except (OSError, subprocess.TimeoutExpired) as e:
