@@ -25,6 +25,7 @@ import dag
 from dag.attention import NO_ROWS, Call
 from dag.cam import Probe
 from dag.config import SD14, SHAPES, Config
+from kernels import convolution
 from tests import references
 from tests.files import original, resident, write_ckpt, write_safetensors
 from tests.measure import parity
@@ -134,6 +135,8 @@ def maps_share(case: parity.Case, rounds: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def networks(case: parity.Case, rounds: int) -> None:
+    for network in (case.sd.unet, case.sd.vae):
+        convolution.install(network)  # as loading does
     _, H, W = case.sizes[0]
     x, t, context = parity.inputs(case, 2, H, W)
     unets = alternately(rounds, lambda: case.sd.unet(x, t, context), lambda: case.unet(x, t, context))
