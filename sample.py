@@ -52,7 +52,8 @@ def parser() -> Parser:
     add("--compile", action="store_true", help=f"run the UNet through torch.compile: {waits}")
     columns = f"a column for each: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)"
     add("--guidance", type=methods, metavar="LIST", help=columns)
-    add("--tokens", type=Path, action="append", metavar="FILE", help="guideline tokens of a concept; may be repeated")
+    beside = "guideline tokens of a concept; may be repeated (default: those beside the --ckpt that were made of it)"
+    add("--tokens", type=Path, action="append", metavar="FILE", help=beside)
     authors = "; sld-*: its authors' own 20 concepts, but for the miniature, which does not know the words"
     add("--safety-text", metavar="TEXT", help=f"what guidance pushes away from (default: the token file's{authors})")
     add("--detect", type=Path, metavar="PICTURE", help="draw nothing; say what the tokens see in this picture")
@@ -191,6 +192,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(entries) - failed} pictures{before}{sheet} and {records.path}")
         if is_demonstration(args):
             print(expected.compare([drawing.image for row in shown for drawing in row]))
+        if any(file is None for _, file in tokens):
+            setup.warn_untrained(args, sd)
         if failed:
             print(f"sample.py: {failed} of {len(entries)} pictures failed, see the warnings above", file=sys.stderr)
             status = 1
@@ -267,6 +270,8 @@ def detect(args: argparse.Namespace) -> int:
     account["concepts"] = concepts
     setup.write_text(args.out / "detect.json", json.dumps(account, indent=1, ensure_ascii=False))
     print(f"{args.out / 'detect.png'} and {args.out / 'detect.json'}")
+    if any(file is None for _, file in tokens):
+        setup.warn_untrained(args, sd)
     return 0
 
 

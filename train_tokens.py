@@ -2,7 +2,7 @@
 
   python train_tokens.py --out red-circle.safetensors    the miniature's concept, on 5 + 3 pictures it draws itself
   python train_tokens.py --ckpt sd-v1-4.ckpt --data DIR --concept "nude person" \\
-      --safety-text "nude, nudity, naked, sexual" --out nudity.safetensors
+      --safety-text "nude, nudity, naked, sexual"        sd-v1-4.ckpt.nude-person.safetensors, where sample.py finds it
 
 DIR holds NAME.png and NAME.mask.png (white where the concept is; no mask file: a safe picture), and optionally
 captions.json: {"NAME.png": "its prompt"} or {"NAME.png": {"prompt": "...", "seed": 3}}. With seeds for all pictures the
@@ -10,11 +10,12 @@ queries are read along the trajectories they were drawn on, as in the paper, els
 """
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dag.cli.parsing import Parser, UsageError, guarded, number, warn
+from dag.cli.parsing import Parser, UsageError, guarded, number, slug, warn
 from dag.config import SHAPES, STEPS, Scaling
 
 HELD_OUT = 20  # pictures of each kind that the miniature's tokens are measured on
@@ -41,11 +42,24 @@ def parser() -> Parser:
     smallest = "ignore objects below this share of the frame (default: the model's)"
     add("--min-area", type=number(float, 0, 1), metavar="SHARE", help=smallest)
     add("--seed", type=number(int, 0, 2**50), default=0, help="of pictures and optimisation (default: 0)")
-    add("--out", type=Path, default=Path("out/tokens.safetensors"), metavar="FILE", help="token file to write")
+    place = "CKPT.CONCEPT.safetensors beside the --ckpt, where sample.py finds it; else out/tokens.safetensors"
+    add("--out", type=Path, metavar="FILE", help=f"token file to write (default: {place})")
     return parser
 
 
+def default_out(args: argparse.Namespace) -> Path:
+    """Where new tokens of a checkpoint go: beside it, if that folder can be written to."""
+    if args.ckpt is None or args.tokens is not None or args.concept is None:
+        return Path("out", "tokens.safetensors")
+    name = f"{args.ckpt.name}.{slug(args.concept)}.safetensors"
+    if os.access(args.ckpt.parent, os.W_OK):
+        return args.ckpt.with_name(name)
+    warn(f"{args.ckpt.parent}: cannot be written to; the tokens go to {Path('out', name)}, pass them as --tokens")
+    return Path("out", name)
+
+
 def run(args: argparse.Namespace) -> int:
+    args.out = default_out(args) if args.out is None else args.out
     if args.out.is_dir() or args.out.suffix == ".png":
         raise UsageError(f"--out {args.out}: expected the name of a token file, such as tokens.safetensors")
     if args.ckpt is not None and args.data is None:

@@ -1,14 +1,19 @@
-"""sample.py with a checkpoint of one's own: what it is said to be, --verify, --debug."""
+"""The programs with a checkpoint of one's own: what it is said to be, --verify, --debug, tokens beside it."""
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+import dag
 import sample
+import train_tokens
 from dag.cli import records
 from dag.config import SHAPES
+from tests.conftest import TOKENS
 from tests.files import full_ema, given, original, write_ckpt
 from weights import checkpoint, known
 
@@ -91,3 +96,35 @@ def test_file_names_that_are_not_utf8(ckpt, tmp_path, capsys):
     report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["settings"]["model"] == str(folder / "x.ckpt") and len(report["pictures"]) == 1
     assert "caf\\udce9" in capsys.readouterr().out
+
+
+def test_tokens_beside_the_checkpoint(tmp_path, capsys):
+    """Those of the model are taken and named; others, and what is no token file, are left out with a word."""
+    path = tmp_path / "own.ckpt"
+    write_ckpt(path, original(SHAPES))
+    argv = ["--ckpt", str(path), "--prompt", "a star", "--steps", "6", "--out", str(tmp_path / "out")]
+    assert sample.main(argv) == 0  # there are none yet
+    warnings = capsys.readouterr().err.splitlines()
+    assert warnings[0] == warnings[-1] and warnings[0].startswith("warning: nothing is looked for well: tokens of")
+    made = dag.GuidelineTokens.from_text(dag.load(path), "a red circle", "a red circle")
+    made.save(tmp_path / "own.ckpt.red-circle.safetensors")
+    shutil.copy(TOKENS / "blue-star.safetensors", tmp_path / "own.ckpt.blue-star.safetensors")
+    (tmp_path / "own.ckpt.x.safetensors").write_text("no tokens")
+    assert sample.main(argv) == 0
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'own.ckpt.red-circle.safetensors'}: tokens of 'a red circle'" in said.out.splitlines()
+    assert [line.rsplit(", ")[-1].rsplit("; ")[-1] for line in said.err.splitlines()] == ["left out"] * 2
+    (told,) = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["tokens"]
+    assert told["file"] == str(tmp_path / "own.ckpt.red-circle.safetensors")
+
+
+def test_where_new_tokens_go(tmp_path, capsys, monkeypatch):
+    def out(*argv: str):
+        return train_tokens.default_out(train_tokens.parser().parse_args(argv))
+
+    argv = ["--ckpt", str(tmp_path / "own.ckpt"), "--concept", "A nude person!"]
+    assert out() == out(*argv, "--tokens", "t.safetensors") == Path("out/tokens.safetensors")
+    assert out(*argv) == tmp_path / "own.ckpt.a-nude-person.safetensors"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert out(*argv) == Path("out/own.ckpt.a-nude-person.safetensors")
+    assert "cannot be written to; the tokens go to out/own.ckpt.a-nude-person" in capsys.readouterr().err

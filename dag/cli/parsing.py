@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -111,6 +112,11 @@ def methods(text: str) -> list[str]:
         if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method '{name}', expected a list of {', '.join(METHODS)}")
     return list(dict.fromkeys(names))
+
+
+def slug(text: str) -> str:
+    """Text as a part of a file's name: small letters, digits and hyphens, at most 40."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") or "empty"
 
 
 def warn(message: str) -> None:

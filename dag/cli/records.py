@@ -8,7 +8,7 @@ import numpy as np
 
 from weights.files import atomic_write
 
-from .parsing import UsageError, warn
+from .parsing import UsageError, slug, warn
 from .pictures import save_png, strip
 from .report import Drawing
 from .setup import write_text
@@ -32,8 +32,7 @@ class Records:
 
     def stem(self, k: int, m: int) -> str:
         """The name of a picture's file, without .png."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.jobs[k]["prompt"].lower())[:40].strip("-") or "empty"
-        return f"{k:03d}-{slug}" + (f"-{self.methods[m]}" if len(self.methods) > 1 else "")
+        return f"{k:03d}-{slug(self.jobs[k]['prompt'])}" + (f"-{self.methods[m]}" if len(self.methods) > 1 else "")
 
     def save(self, k: int, m: int, drawing: Drawing) -> None:
         """Write a picture, and its maps if the settings ask for them. One that failed takes no earlier one's place."""

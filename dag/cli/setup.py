@@ -17,6 +17,7 @@ from dag.cam import AttentionWithMaps
 from dag.config import DAGConfig
 from dag.model import MINIATURE
 from dag.text import Text, clean
+from dag.tokens import TokenError, fingerprint
 from kernels.choice import for_run
 from weights import known
 from weights.files import atomic_write
@@ -63,8 +64,12 @@ def verify(path: Path | None) -> None:
 
 
 def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[dag.GuidelineTokens, Path | None]]:
-    """(tokens, their file) per concept: the files given, or the miniature's own, or the plain text's with a warning."""
-    files = args.tokens or ([MINIATURE / "red-circle.safetensors"] if args.ckpt is None else [])
+    """(tokens, their file) per concept.
+
+    The files given; else the miniature's own, or those beside the checkpoint that belong to it; else the plain text's,
+    with a warning.
+    """
+    files = args.tokens or ([MINIATURE / "red-circle.safetensors"] if args.ckpt is None else beside(args.ckpt, sd))
     own = {"min_area": args.min_area} if hasattr(args, "min_area") else {}
     tokens = [(replace(dag.GuidelineTokens.load(file), **own), file) for file in files]
     for concept, _ in tokens:
@@ -72,12 +77,36 @@ def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[
             warn(message)
     if tokens:
         return tokens
-    warn(
-        f"tokens of '{sd.config.concept}' that were not optimised detect poorly; make some: `python train_tokens.py "
-        f"--ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --safety-text '{sd.config.safety_text}' "
-        "--out FILE` and pass --tokens FILE"
-    )
+    warn_untrained(args, sd)
     return [(replace(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), **own), None)]
+
+
+def beside(ckpt: Path, sd: dag.StableDiffusion) -> list[Path]:
+    """The token files named CKPT.*.safetensors that were trained on this model; says which, and which were not."""
+    found = []
+    for file in sorted(ckpt.parent.iterdir()):
+        if not (file.name.startswith(f"{ckpt.name}.") and file.suffix == ".safetensors"):
+            continue
+        try:
+            tokens = dag.GuidelineTokens.load(file)
+        except TokenError as e:
+            warn(f"{e}; left out")
+            continue
+        if tokens.fingerprint == fingerprint(sd):
+            print(f"{file}: tokens of '{tokens.concept}'")
+            found.append(file)
+        else:
+            warn(f"{file}: tokens of '{tokens.concept}' that were trained on another model, left out")
+    return found
+
+
+def warn_untrained(args: argparse.Namespace, sd: dag.StableDiffusion) -> None:
+    """Before and after a run without trained tokens."""
+    warn(
+        f"nothing is looked for well: tokens of '{sd.config.concept}' that were not optimised detect poorly; make some "
+        f"by `python train_tokens.py --ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --safety-text "
+        f"'{sd.config.safety_text}'`, and they are found beside the checkpoint"
+    )
 
 
 def attention(
