@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import train_tokens
-from dag import DAG, GuidelineTokens, sample
+from dag import DAG, GuidelineTokens, sample, sampling
 from dag.cam import normalise, raw_map
 from dag.config import Scaling
 from dag.tokens import Reading, TokenError
@@ -262,6 +263,7 @@ def test_cli_follows_trajectories_only_if_they_draw_the_pictures(tmp_path, capsy
 
 def test_cli_draws_its_own(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_tokens, "HELD_OUT", 1)
+    monkeypatch.setattr(sampling, "sample", partial(sampling.sample, steps=12))
     argv = ["--n-unsafe", "2", "--n-safe", "1", "--steps", "60", "--out", str(tmp_path / "t.safetensors")]
     assert train_tokens.main(argv) == 0
     said = capsys.readouterr().out
