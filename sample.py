@@ -15,9 +15,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dag.cli.parsing import Parser, UsageError, given, guarded, methods, number, side, warn
+from dag.cli.parsing import Parser, UsageError, changed, given, guarded, methods, number, option, side, warn
 from dag.cli.prompts import prompts_of
-from dag.config import METHODS, SD14, SHAPES, SIDE, STEPS
+from dag.config import ATTENTIONS, METHODS, SD14, SHAPES, SIDE, STEPS
 
 SHEET = 64  # pictures per method that the contact sheet shows at most
 LEVELS = (101, 301, 501)  # timesteps at which --detect looks
@@ -43,11 +43,10 @@ def parser() -> Parser:
     )
     for name in ("--height", "--width"):
         add(name, type=side, help=f"pixels, a multiple of {SIDE} (default: {SD14.size}, miniature {SHAPES.size})")
-    choices = ("auto", "plain", "fused")
     implementations = (
         "maps by PyTorch (plain) or the Triton kernel (fused); auto: what a trial on the GPU favours, once"
     )
-    add("--attention", choices=choices, default="auto", help=implementations)
+    add("--attention", choices=ATTENTIONS, default="auto", help=implementations)
     waits = "the first steps wait some minutes for it; worth it for many pictures"
     add("--compile", action="store_true", help=f"run the UNet through torch.compile: {waits}")
     columns = f"a column for each: {', '.join(METHODS)} (default: dag; without --ckpt and prompts: none,dag)"
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         setup.check_text(sd, "--safety-text", args.safety_text)
     looks = any(name.startswith("dag") for name in names)
     if not looks and (turned := given(args)):
-        raise UsageError(f"--{turned[0].replace('_', '-')}: --guidance {','.join(names)} has no DAG; leave it out")
+        raise UsageError(f"{option(turned[0])}: --guidance {','.join(names)} has no DAG; leave it out")
     tokens = setup.tokens_for(args, sd) if args.tokens or looks else []
     constants = setup.constants(args, cfg.dag, tokens[0][0]) if looks else cfg.dag
     concepts = [c for c, _ in tokens]
@@ -120,12 +119,16 @@ def run(args: argparse.Namespace) -> int:
         "model": str(args.ckpt or cfg.name), "origin": sd.origin, "steps": args.steps, "scale": scale,
         "height": size[0], "width": size[1], "seed": args.seed, "n_images": args.n_images,
         "device": device, "dtype": dtype, "attention": attention, "compile": args.compile, "guidance": names,
-        "tokens": [{"concept": c.concept, "file": None if f is None else str(f)} for c, f in tokens],
+        "tokens": [
+            {
+                "concept": c.concept, "file": None if file is None else str(file),
+                "min_area": c.adapt(constants.scaling).min_area,
+            }
+            for c, file in tokens
+        ],
         "safety_texts": {name: list(g.safety_texts or filter(None, [g.uncond_text])) for name, g in guidances.items()},
         "dag": asdict(constants) if looks else None, "save_maps": args.save_maps,
     }  # fmt: skip
-    for told, concept in zip(settings["tokens"], concepts, strict=True):
-        told["min_area"] = concept.adapt(constants.scaling).min_area
     jobs = [job | {"seed": job.get("seed", args.seed) + i} for job in prompts for i in range(args.n_images)]
     records = Records(args.out, settings, jobs)
     if args.resume:
@@ -203,28 +206,15 @@ def run(args: argparse.Namespace) -> int:
 def is_demonstration(args: argparse.Namespace) -> bool:
     """Whether these arguments draw the very pictures that come with the project."""
     free = ("out", "device", "dtype", "attention", "compile", "batch_size", "save_maps", "debug")
-    own, default = ({k: v for k, v in vars(a).items() if k not in free} for a in (args, parser().parse_args([])))
-    return own == default
+    return set(changed(args, parser().parse_args([]))) <= set(free)
 
 
 def detect(args: argparse.Namespace) -> int:
     """What the tokens see in a picture: maps over it, a report, and a yes or no per concept."""
-    for_drawing = (
-        "prompt",
-        "prompts",
-        "guidance",
-        "safety_text",
-        "save_maps",
-        "scale",
-        "batch_size",
-        "resume",
-        "compile",
-    )
-    drawn = [name for name in ("steps", "n_images") if getattr(args, name) != parser().get_default(name)]
-    useless = drawn + [name for name in for_drawing if getattr(args, name) not in (None, False)]
-    if useless := useless + [name for name in given(args) if name not in ("unsafe", "min_area")]:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
-        raise UsageError(f"--detect draws nothing: leave out {options}")
+    looking = ("ckpt", "device", "dtype", "debug", "verify", "seed", "height", "width", "attention", "tokens", "detect")
+    looking += ("out", "unsafe", "min_area")
+    if useless := [name for name in changed(args, parser().parse_args([])) if name not in looking]:
+        raise UsageError(f"--detect draws nothing: leave out {', '.join(map(option, useless))}")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     import dag

@@ -15,8 +15,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dag.cli.parsing import Parser, UsageError, guarded, number, slug, warn
-from dag.config import SHAPES, STEPS, Scaling
+from dag.cli.parsing import Parser, UsageError, guarded, number, option, slug, warn
+from dag.config import NORMALISATIONS, SHAPES, STEPS, Scaling
 
 HELD_OUT = 20  # pictures of each kind that the miniature's tokens are measured on
 PAPER_STEPS = 100  # of the paper's recipe, per unsafe picture
@@ -30,11 +30,10 @@ def parser() -> Parser:
     add("--concept", metavar="TEXT", help='text the tokens start from (default, miniature only: "a red circle")')
     add("--safety-text", metavar="TEXT", help="what guidance will push away from (default: the concept text)")
     add("--recipe", choices=("default", "paper"), default="default", help="ours or the paper's (default: default)")
-    readings = ("fitted", "joint", "map")
     reading = (
         "how maps become A, see dag/cam.py (default: fitted by our recipe, joint by the paper's, which learns by it)"
     )
-    add("--normalisation", choices=readings, help=reading)
+    add("--normalisation", choices=NORMALISATIONS, help=reading)
     add("--tokens", type=Path, metavar="FILE", help="measure these tokens, read by --normalisation; optimise nothing")
     add("--n-unsafe", type=number(int, 1, 1000), default=5, help="unsafe pictures to draw without --data (default: 5)")
     add("--n-safe", type=number(int, 0, 1000), default=3, help="safe pictures to draw without --data (default: 3)")
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     for_training = ("concept", "safety_text", "steps", "min_area")
     if args.tokens is not None and (useless := [name for name in for_training if getattr(args, name) is not None]):
-        raise UsageError(f"--tokens reads finished ones: leave out --{useless[0].replace('_', '-')}")
+        raise UsageError(f"--tokens reads finished ones: leave out {option(useless[0])}")
 
     paper = args.recipe == "paper"
     if paper and args.normalisation == "fitted":

@@ -108,13 +108,13 @@ class Probe(Hook):
         if fused is not None and self.reading.heads != "mean":
             raise ValueError(f"the kernel takes the mean over heads, these tokens their {self.reading.heads}")
         weight = unet.out[2].weight  # its device and dtype are those of all keys
+        # The kernel takes these rounded keys as they are; `guideline_maps` computes in float32, converted once here.
+        kept = weight.dtype if fused is not None else torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
             self.dk = {
-                layer: torch.cat([guideline_keys(layer, one.embedding) for one in tokens], dim=1).to(weight)
+                layer: torch.cat([guideline_keys(layer, one.embedding) for one in tokens], dim=1).to(weight).to(kept)
                 for layer in layers_of(unet, self.reading)
             }  # (h, sum of K, d) each
-        if fused is None:  # once, because `guideline_maps` computes in float32
-            self.dk = {layer: dk.to(torch.promote_types(dk.dtype, torch.float32)) for layer, dk in self.dk.items()}
         self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.dk)  # become (b, sum of K, n) each
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weights.files import atomic_write
 
-from .config import Scaling
+from .config import NORMALISATIONS, Scaling
 
 FORMAT = "dag-tokens-1"
 
@@ -104,7 +104,8 @@ class GuidelineTokens:
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
             rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and limits.isfinite().all()
             known = tokens.reduce in ("mean", "min") and reading.layers and reading.heads in ("mean", "max")
-            known = known and tokens.normalisation in (None, "joint", "map", *(["fitted"] if tokens.levels else []))
+            known = known and tokens.normalisation in (None, *NORMALISATIONS)
+            known = known and (tokens.normalisation != "fitted" or tokens.levels)
             if not (embedding.isfinite().all() and rising and known and 0 <= (tokens.min_area or 0) <= 1):
                 raise TokenError(f"{path}: damaged, its values are not finite, known or in order; make it anew")
             return tokens

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from dag.attention import NO_ROWS, CrossAttention
 from dag.cam import AttentionWithMaps, Probe, layers_of
+from dag.config import ATTENTIONS
 from dag.model import StableDiffusion
 from dag.tokens import GuidelineTokens
 from weights.files import atomic_write
 
-CHOICES = ("auto", "plain", "fused")
 HERE = Path(__file__).parent
 PATIENCE = 180  # seconds for a trial; it compiles a kernel for every head width
 
@@ -61,8 +61,8 @@ def for_run(
 
     tokens: what the run reads. Raises ValueError for an unknown choice, or where "fused" cannot run; "auto" never.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"attention is '{choice}', expected {', '.join(CHOICES)}")
+    if choice not in ATTENTIONS:
+        raise ValueError(f"attention is '{choice}', expected {', '.join(ATTENTIONS)}")
     if choice == "plain":
         return None, "plain, as asked"
     layers = [layer for c in tokens for layer in layers_of(sd.unet, c.reading)]
@@ -123,11 +123,9 @@ def trial(device: torch.device, dtype: str, h: int, K: int, grids: list[tuple[in
     index = torch.cuda.current_device() if device.index is None else device.index
     command = [sys.executable, "-m", "kernels.bench", str(index), dtype, "2", str(h), str(K)]
     command += [f"{n}x{d}" for n, d in grids]
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"PYTHONPATH": path}
     print("trying the fused kernel on this GPU, once; this takes some 20 seconds", file=sys.stderr)
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=PATIENCE)
     except (OSError, subprocess.TimeoutExpired) as e:
         return [], f"the trial of the kernel did not end ({type(e).__name__})"
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dag.attention import CrossAttention, Hook
 from dag.cam import combine, guideline_keys, guideline_maps, layers_of, normalise, raw_map
-from dag.config import Scaling
+from dag.config import NORMALISATIONS, Scaling
 from dag.scalers import objects
 from dag.tokens import GuidelineTokens, Reading, TokenError
 
@@ -75,7 +75,7 @@ class AnnotatedQueries:
     @torch.no_grad()
     def measure(self, tokens: GuidelineTokens, scaling: Scaling) -> dict[str, list["Detection"]]:
         """How well tokens detect at every noise level, under each normalisation that they have the constants for."""
-        out = {how: [] for how in ("fitted", "joint", "map") if how != "fitted" or tokens.levels}
+        out = {how: [] for how in NORMALISATIONS if how != "fitted" or tokens.levels}
         for k, t in enumerate(self.times):
             raw = raw_map(tokens, self.maps(tokens.embedding, k))  # (N, H, W)
             for how, levels in out.items():

@@ -60,8 +60,7 @@ class Parser(argparse.ArgumentParser):
             text = f"{CONSTANTS[field.name]} (default: {', '.join(dict.fromkeys(own))})"
             kind = number(int if field.type is int else float, -1e6, 1e6)  # guidance.py knows the ranges
             kind = or_none(kind) if field.type == float | None else kind
-            flag = f"--{field.name.replace('_', '-')}"
-            group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
+            group.add_argument(option(field.name), type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
 
 
 def number(kind: type, low: float, high: float):
@@ -77,6 +76,16 @@ def number(kind: type, low: float, high: float):
         return value
 
     return parse
+
+
+def option(name: str) -> str:
+    """The option that is stored under a name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def changed(args: argparse.Namespace, default: argparse.Namespace) -> list[str]:
+    """The names of the options that are not as by default."""
+    return [name for name, value in vars(args).items() if not hasattr(default, name) or value != getattr(default, name)]
 
 
 def or_none(parse: Callable):

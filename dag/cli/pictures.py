@@ -1,5 +1,6 @@
 """Pictures for a person to look at: maps over pictures, strips of maps, contact sheets, PNG files."""
 
+from bisect import bisect_right
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,10 @@ def contact_sheet(
 
 def fitted(text: str, font, width: int) -> str:
     """Text cut with an ellipsis to at most `width` pixels."""
-    text = text[:1000]  # no sheet is wider, and what follows takes a time that grows with its square
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    longer = bisect_right(range(len(text) + 1), width, key=lambda n: font.getlength(text[:n] + "..."))
+    return text[: max(0, longer - 1)] + "..."
 
 
 def save_png(picture: Image.Image, path: Path, text: dict[str, str] | None = None) -> None:

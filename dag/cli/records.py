@@ -18,12 +18,14 @@ class Records:
     """The entries of a run's report, by number of the picture and of the method, and the files that they tell of.
 
     settings: of the whole run, with the methods' names under "guidance". jobs: what each picture's entry starts from,
-    its prompt and seed.
+    its prompt and seed. Raises ValueError where report.json is a folder.
     """
 
     def __init__(self, folder: Path, settings: dict, jobs: list[dict]):
         self.folder, self.settings, self.jobs = folder, settings, jobs
         self.path, self.methods = folder / "report.json", settings["guidance"]
+        if self.path.is_dir():
+            raise ValueError(f"{self.path}: is a folder; expected a file, or another --out")
         self.entries: dict[tuple[int, int], dict] = {}
 
     def missing(self) -> list[int]:

@@ -69,21 +69,24 @@ def tokens_for(args: argparse.Namespace, sd: dag.StableDiffusion) -> list[tuple[
     The files given; else the miniature's own, or those beside the checkpoint that belong to it; else the plain text's,
     with a warning.
     """
-    files = args.tokens or ([MINIATURE / "red-circle.safetensors"] if args.ckpt is None else beside(args.ckpt, sd))
+    if args.tokens is None and args.ckpt is not None:
+        tokens = beside(args.ckpt, sd)
+    else:
+        files = args.tokens or [MINIATURE / "red-circle.safetensors"]
+        tokens = [(dag.GuidelineTokens.load(file), file) for file in files]
+        for concept, _ in tokens:
+            if message := concept.check(sd):
+                warn(message)
+    if not tokens:
+        warn_untrained(args, sd)
+        tokens = [(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), None)]
     own = {"min_area": args.min_area} if hasattr(args, "min_area") else {}
-    tokens = [(replace(dag.GuidelineTokens.load(file), **own), file) for file in files]
-    for concept, _ in tokens:
-        if message := concept.check(sd):
-            warn(message)
-    if tokens:
-        return tokens
-    warn_untrained(args, sd)
-    return [(replace(dag.GuidelineTokens.from_text(sd, sd.config.concept, sd.config.safety_text), **own), None)]
+    return [(replace(concept, **own), file) for concept, file in tokens]
 
 
-def beside(ckpt: Path, sd: dag.StableDiffusion) -> list[Path]:
-    """The token files named CKPT.*.safetensors that were trained on this model; says which, and which were not."""
-    found = []
+def beside(ckpt: Path, sd: dag.StableDiffusion) -> list[tuple[dag.GuidelineTokens, Path]]:
+    """The tokens in files named CKPT.*.safetensors that were trained on this model; says which, and which were not."""
+    found, own = [], fingerprint(sd)
     for file in sorted(ckpt.parent.iterdir()):
         if not (file.name.startswith(f"{ckpt.name}.") and file.suffix == ".safetensors"):
             continue
@@ -92,9 +95,9 @@ def beside(ckpt: Path, sd: dag.StableDiffusion) -> list[Path]:
         except TokenError as e:
             warn(f"{e}; left out")
             continue
-        if tokens.fingerprint == fingerprint(sd):
+        if tokens.fingerprint == own:
             print(f"{file}: tokens of '{tokens.concept}'")
-            found.append(file)
+            found.append((tokens, file))
         else:
             warn(f"{file}: tokens of '{tokens.concept}' that were trained on another model, left out")
     return found
@@ -204,8 +207,6 @@ def writable(folder: Path) -> None:
     """Make the output folder and prove that files can be written there. Raises ValueError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "report.json").is_dir():
-            raise ValueError(f"{folder / 'report.json'}: is a folder; expected a file, or another --out")
         test = folder / ".write-test"
         test.touch()
         test.unlink()
