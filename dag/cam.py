@@ -1,12 +1,11 @@
 """Detection: from the queries that the UNet computes anyway to the map A of every concept.
 
-    queries of a layer  (b, h, n, d)   seen by `Probe`, a hook, on the conditional rows
-    -> map of a layer   (b, K, n)      `guideline_maps`, in (0, 1); K concept rows of guideline tokens
-    -> latent grid      (b, K, H, W)   `combine`: bilinear, then the mean over the layers
-    -> raw map          (b, H, W)      `raw_map`: the K rows in one, their mean or minimum
-    -> A                (b, H, W)      `normalise` to [0, 1]
+    queries of a layer  (b, h, n, d)           seen by `Probe`, a hook, on the conditional rows
+    -> map of a layer   (b, concepts, n)       `guideline_maps`: the attention to a concept's rows, in (0, 1)
+    -> raw map          (b, concepts, H, W)    `combine`: bilinear to the latent grid, then the mean over the layers
+    -> A                (b, concepts, H, W)    `normalise` to [0, 1]
 
-`Probe.read` goes from the second line to the last and stacks the concepts: A (b, concepts, H, W).
+`Probe.read` goes from the second line to the last.
 Source: paper section 3.1, Eq. 1; OVAM (Marcos-Manchon et al. 2024) for the background row.
 """
 
@@ -20,8 +19,8 @@ from .attention import NO_ROWS, CrossAttention, Hook, cross_attention
 from .tokens import GuidelineTokens, Reading
 from .unet import UNet
 
-# q, k, v, dk, batch rows -> the main attention (b, h, n, d) and the mean map over heads (rows, K, n) of these rows.
-AttentionWithMaps = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
+# q, k, v, k_g, split, batch rows -> the main attention (b, h, n, d) and the maps (rows, concepts, n) of these rows.
+AttentionWithMaps = Callable[[Tensor, Tensor, Tensor, Tensor, list[int], list[int]], tuple[Tensor, Tensor]]
 
 
 def layers_of(unet: UNet, reading: Reading) -> list[CrossAttention]:
@@ -30,51 +29,50 @@ def layers_of(unet: UNet, reading: Reading) -> list[CrossAttention]:
 
 
 def guideline_keys(layer: CrossAttention, c: Tensor) -> Tensor:
-    """Guideline embedding c (1+K, c_text) -> (h, K, d): (k_k - k_0) / sqrt(d), with k = to_k(c).
+    """Guideline embedding c (g, c_text) -> keys k_g (h, g, d): to_k(c) less its mean over the g rows, over sqrt(d).
 
-    In c's dtype and on its device: the difference of two keys is small, and half precision would lose it. A wrapped or
-    parametrised to_k works.
+    A softmax over the rows does not see what they have in common, and half precision keeps more of the rest. Computed
+    in c's dtype and on its device. A wrapped or parametrised to_k works.
     """
     state = {name: p.to(c) if p.is_floating_point() else p for name, p in layer.to_k.state_dict().items()}
-    k = torch.func.functional_call(layer.to_k, state, c).unflatten(-1, (layer.num_heads, -1))  # (1+K, h, d)
-    k = k.transpose(0, 1)  # (h, 1+K, d)
-    return (k[:, 1:] - k[:, :1]) / k.shape[-1] ** 0.5
+    k = torch.func.functional_call(layer.to_k, state, c).unflatten(-1, (layer.num_heads, -1))  # (g, h, d)
+    return ((k - k.mean(0)) / k.shape[-1] ** 0.5).transpose(0, 1)  # (h, g, d)
 
 
-def guideline_maps(q: Tensor, dk: Tensor, heads: str = "mean") -> Tensor:
-    """How much each pixel attends to each concept row rather than to the background row, over all heads.
+def guideline_maps(q: Tensor, k_g: Tensor, split: Sequence[int], heads: str = "mean") -> Tensor:
+    """How much of each pixel's attention to a concept's guideline rows goes to the concept, not to the background.
 
-    q (b, h, n, d) are the layer's queries, dk (h, K, d) its `guideline_keys`; heads: their "mean" or "max".
-    Returns (b, K, n) in (0, 1), float32 (float64 for float64).
-    One concept row against the background row is a softmax of two, which is a sigmoid of the difference:
-    softmax([q.k_0, q.k_k] / sqrt(d))_1 = sigmoid(q.(k_k - k_0) / sqrt(d))  (paper Eq. 1 with OVAM's background row).
+    q (b, h, n, d) are the layer's queries; k_g (h, g, d) the `guideline_keys` of all concepts, one after the other;
+    split: how many of the g rows are the first concept's background, then the concept, the second one's background, ...
+    Returns (b, concepts, n) in (0, 1), the "mean" or "max" over heads, float32 (float64 for float64).
+    Per head: softmax(q k_g^T) over the rows of one concept, summed over those that are not background. With one row of
+    either this is OVAM's map, a softmax of two.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    maps = torch.sigmoid(q.to(wide) @ dk.to(wide).transpose(1, 2))  # (b, h, n, K)
-    return (maps.mean(1) if heads == "mean" else maps.amax(1)).transpose(1, 2)  # (b, K, n)
+    parts, maps = (q.to(wide) @ k_g.to(wide).transpose(1, 2)).split(list(split), dim=3), []  # (b, h, n, rows) each
+    for background, concept in zip(parts[::2], parts[1::2], strict=True):
+        p = torch.cat([background, concept], 3).softmax(3)  # (b, h, n, rows of both)
+        maps.append(p[..., background.shape[3] :].sum(3))  # (b, h, n)
+    stacked = torch.stack(maps, 2)  # (b, h, concepts, n)
+    return stacked.mean(1) if heads == "mean" else stacked.amax(1)  # (b, concepts, n)
 
 
 def attention_with_maps(
-    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice | Sequence[int]
+    q: Tensor, k: Tensor, v: Tensor, k_g: Tensor, split: Sequence[int], rows: slice | Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Main attention (b, h, n, d) and maps (rows, K, n) of some batch rows: what the fused kernel is tested against."""
-    return cross_attention(q, k, v), guideline_maps(q[rows], dk)
+    """Main attention (b, h, n, d), and maps (rows, concepts, n) of some batch rows: the kernel is tested against it."""
+    return cross_attention(q, k, v), guideline_maps(q[rows], k_g, split)
 
 
 def combine(maps: list[Tensor], factors: list[int], H: int, W: int) -> Tensor:
-    """Maps of layers (b, K, n), on grids of H/f x W/f -> mean over layers on the latent grid, (b, K, H, W)."""
+    """Maps of layers (b, concepts, n), on grids of H/f x W/f -> raw maps (b, concepts, H, W), the mean over layers."""
     found = dict.fromkeys(range(len(maps)))  # in the layers' order, which decides how their sum is rounded
     for f in set(factors):  # layers with the same grid at once
         own = [k for k in found if factors[k] == f]
-        grid = torch.cat([maps[k] for k in own]).unflatten(2, (H // f, W // f))  # (layers*b, K, H/f, W/f)
-        large = F.interpolate(grid, (H, W), mode="bilinear", align_corners=False)  # (layers*b, K, H, W)
+        grid = torch.cat([maps[k] for k in own]).unflatten(2, (H // f, W // f))  # (layers*b, concepts, H/f, W/f)
+        large = F.interpolate(grid, (H, W), mode="bilinear", align_corners=False)  # (layers*b, concepts, H, W)
         found |= zip(own, large.chunk(len(own)), strict=True)
     return torch.stack(list(found.values())).mean(0)
-
-
-def raw_map(tokens: GuidelineTokens, maps: Tensor) -> Tensor:
-    """The maps of the K rows (b, K, H, W) -> the raw map (b, H, W), in (0, 1)."""
-    return maps.mean(1) if tokens.reduce == "mean" else maps.amin(1)
 
 
 def normalise(tokens: GuidelineTokens, raw: Tensor, t: int) -> Tensor:
@@ -111,25 +109,25 @@ class Probe(Hook):
         # The kernel takes these rounded keys as they are; `guideline_maps` computes in float32, converted once here.
         kept = weight.dtype if fused is not None else torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
-            self.dk = {
+            self.k_g = {
                 layer: torch.cat([guideline_keys(layer, one.embedding) for one in tokens], dim=1).to(weight).to(kept)
                 for layer in layers_of(unet, self.reading)
-            }  # (h, sum of K, d) each
-        self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.dk)  # become (b, sum of K, n) each
+            }  # (h, g of all concepts, d) each
+        self.split = [rows for one in tokens for rows in one.split]
+        self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.k_g)  # become (b, concepts, n) each
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        if layer not in self.dk or self.call.cond == NO_ROWS:
+        if layer not in self.k_g or self.call.cond == NO_ROWS:
             return None
+        k_g = self.k_g[layer]
         if self.fused is None:
-            self.maps[layer] = guideline_maps(q[self.call.cond], self.dk[layer], self.reading.heads)  # (b, sum of K, n)
+            self.maps[layer] = guideline_maps(q[self.call.cond], k_g, self.split, self.reading.heads)
             return None
         rows = list(range(len(q)))[self.call.cond]
-        out, self.maps[layer] = self.fused(q, k, v, self.dk[layer], rows)  # (b, h, n, d), (rows, sum of K, n)
+        out, self.maps[layer] = self.fused(q, k, v, k_g, self.split, rows)  # (b, h, n, d), (rows, concepts, n)
         return out
 
     def read(self, t: int, H: int, W: int) -> Tensor:
         """A of the last call with conditional rows, at its t and latent grid: (b, concepts, H, W) in [0, 1]."""
-        maps = combine([self.maps[layer] for layer in self.dk], [layer.factor for layer in self.dk], H, W)
-        own = maps.split([len(one.embedding) - 1 for one in self.tokens], dim=1)  # (b, K, H, W) per concept
-        A = [normalise(one, raw_map(one, a), t) for one, a in zip(self.tokens, own, strict=True)]  # (b, H, W) each
-        return torch.stack(A, 1).float()
+        raw = combine(list(self.maps.values()), [layer.factor for layer in self.maps], H, W)  # (b, concepts, H, W)
+        return torch.stack([normalise(one, raw[:, k], t) for k, one in enumerate(self.tokens)], 1).float()

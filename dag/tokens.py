@@ -19,7 +19,7 @@ from weights.files import atomic_write
 
 from .config import NORMALISATIONS, Scaling
 
-FORMAT = "dag-tokens-1"
+FORMAT = "dag-tokens-2"  # 1 had one background row, and its maps were merged otherwise
 
 
 class TokenError(ValueError):
@@ -38,9 +38,8 @@ class Reading:
 class GuidelineTokens:
     """The detector of one concept.
 
-    embedding (1+K, c_text) float32: row 0 is the background, rows 1..K the concept. `reduce` says how the K maps become
-    one: their "mean" (the paper's), or their "min" (ours). With the minimum the concept is only where every row sees
-    it. An (attribute, object) pair needs that: a mean of the two is high at a red square beside a blue circle too.
+    embedding (g, c_text) float32: first `background` rows of what the concept is told from, then those of the concept.
+    OVAM has one of either. Several background rows can learn several look-alikes.
     `normalisation` makes A of the raw map (`cam.normalise`): "fitted", "joint" or "map"; None, as in older files:
     fitted if there are constants, else joint. These are `lo` and `hi` at a few noise `levels` (timesteps, rising).
     """
@@ -50,7 +49,7 @@ class GuidelineTokens:
     safety_text: str  # what guidance pushes away from
     reading: Reading
     fingerprint: str  # of the model they belong to
-    reduce: str = "mean"
+    background: int = 1
     normalisation: str | None = None
     levels: tuple[int, ...] = ()
     lo: tuple[float, ...] = ()
@@ -58,6 +57,11 @@ class GuidelineTokens:
     min_area: float | None = None  # smallest object, as a share of the frame; None: the model's own (Scaling)
     loss: float | None = None  # training loss and IoU of the kept embedding
     iou: float | None = None
+
+    @property
+    def split(self) -> tuple[int, int]:
+        """How many rows are background, and how many the concept."""
+        return self.background, len(self.embedding) - self.background
 
     def limits(self, t: int) -> tuple[float, float]:
         """lo and hi at timestep t, linear between levels, constant beyond them."""
@@ -76,7 +80,7 @@ class GuidelineTokens:
         _, end = sd.text.places(concept)
         if end < 2:
             raise TokenError("the concept text is empty; expected words that name it")
-        embedding = sd.text.encode([concept])[0, :end].float().cpu()  # (1+K, c_text)
+        embedding = sd.text.encode([concept])[0, :end].float().cpu()  # (g, c_text)
         return cls(embedding, concept, safety_text, reading or Reading(sd.config.cam_factors), fingerprint(sd))
 
     def save(self, path: str | Path) -> None:
@@ -103,7 +107,7 @@ class GuidelineTokens:
             tokens = cls(embedding, reading=reading, **fields)
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
             rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and limits.isfinite().all()
-            known = tokens.reduce in ("mean", "min") and reading.layers and reading.heads in ("mean", "max")
+            known = 1 <= tokens.background < len(embedding) and reading.layers and reading.heads in ("mean", "max")
             known = known and tokens.normalisation in (None, *NORMALISATIONS)
             known = known and (tokens.normalisation != "fitted" or tokens.levels)
             if not (embedding.isfinite().all() and rising and known and 0 <= (tokens.min_area or 0) <= 1):
