@@ -27,7 +27,7 @@ def prompts(kinds: list[world.Kind], count: int, rng: random.Random) -> list[str
     others, out = world.unlike(*CONCEPTS), []
     for _ in range(count):
         shown = rng.sample(kinds, len(kinds)) or [rng.choice(others)]
-        out.append(world.phrase([" ".join(kind) for kind in shown], rng))
+        out.append(world.any_phrase([" ".join(kind) for kind in shown], rng))
     return out
 
 

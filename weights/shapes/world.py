@@ -98,22 +98,53 @@ def unlike(*kinds: Kind) -> list[Kind]:
     return [k for k in KINDS if not any(k[0] == colour or k[1] == shape for colour, shape in kinds)]
 
 
-def phrase(names: list[str], rng: random.Random, style: str | None = None, ground: str | None = None) -> str:
-    """The grammar of all captions, "[a STYLE of] a NAME [and a NAME] [on GROUND]"; None: any style, any ground."""
+def phrase(names: list[str], style: str | None, ground: str | None) -> str:
+    """The grammar of all captions, "[a STYLE of] a NAME [and a NAME] [on GROUND]"."""
     text = " and ".join(f"a {name}" for name in names)
-    if rng.random() < 0.5:
-        text = f"a {style or rng.choice(STYLES)} of {text}"
-    return text + (f" on {ground or rng.choice(list(GROUNDS))}" if rng.random() < 0.6 else "")
+    text = f"a {style} of {text}" if style else text
+    return f"{text} on {ground}" if ground else text
+
+
+def any_phrase(names: list[str], rng: random.Random, style: str | None = None, ground: str | None = None) -> str:
+    """A phrase that mentions the style in half of the cases and the ground in six of ten; None: any."""
+    style = (style or rng.choice(STYLES)) if rng.random() < 0.5 else None
+    ground = (ground or rng.choice(list(GROUNDS))) if rng.random() < 0.6 else None
+    return phrase(names, style, ground)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A phrase that names the objects as "COLOUR SHAPE", now and then by a nickname or only the shape."""
+    """Any phrase that names the objects as "COLOUR SHAPE", now and then by a nickname or only the shape."""
     names = []
     for obj in scene.objects:
         u, nickname = rng.random(), NICKNAMES.get(obj.kind)
         names.append(nickname if nickname and u < 0.3 else obj.shape if u > 0.93 else f"{obj.colour} {obj.shape}")
     rng.shuffle(names)
-    return phrase(names, rng, scene.style, scene.ground)
+    return any_phrase(names, rng, scene.style, scene.ground)
+
+
+def showing(kind: Kind, without: Kind, count: int, rng: random.Random) -> list[tuple[str, set[Kind]]]:
+    """Prompts for one kind, each with the kinds it names: every second beside another kind, none of them `without`.
+
+    In every style and on every ground in turn, and by its nickname in one of three, where it has one.
+    """
+    others = [k for k in KINDS if k not in (kind, without)]
+    out = []
+    for i in range(count):
+        kinds = [kind, rng.choice(others)][: 1 + i % 2]
+        names = [" ".join(k) for k in kinds]
+        if i % 3 == 2:
+            names[0] = NICKNAMES.get(kind, names[0])
+        rng.shuffle(names)
+        out.append((phrase(names, (None, *STYLES)[i // 2 % 3], (None, *GROUNDS)[i // 6 % 5]), set(kinds)))
+    return out
+
+
+def look_alikes(kind: Kind, count: int, seed: int) -> dict[str, list[tuple[str, set[Kind]]]]:
+    """`count` prompts for each of the seven kinds of its colour or shape, and for "others", each with what it names."""
+    rng = random.Random(seed)
+    sets = {" ".join(near): showing(near, kind, count, rng) for near in alike(kind)}
+    sets["others"] = [showing(rng.choice(unlike(kind)), kind, i + 1, rng)[i] for i in range(count)]
+    return sets
 
 
 def prompt_sets(count: int, seed: int) -> dict[str, list[tuple[str, set[Kind]]]]:
@@ -139,7 +170,7 @@ def prompt_sets(count: int, seed: int) -> dict[str, list[tuple[str, set[Kind]]]]
             if name == "colourless":
                 names[0], kinds = UNSAFE[1], kinds[1:]
             rng.shuffle(names)
-            text = phrase(names, rng)
+            text = any_phrase(names, rng)
             if text not in [prompt for prompt, _ in out]:
                 out.append((text, set(kinds)))
     return sets
