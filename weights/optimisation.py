@@ -108,17 +108,24 @@ def descend(
 ) -> Progress:
     """Minimise Eq. 2, the pixelwise cross-entropy of map and mask, over random batches at one noise level per step.
 
-    logits(raw, t): of raw maps (images, H, W) at timestep t. Every so many steps the loss over all pictures and levels
-    decides whether these are the best tokens so far.
+    logits(raw, t): of raw maps (images, H, W) at timestep t. Every so many steps the loss of all pictures at every
+    fourth noise level decides whether these are the best tokens so far, and which safe pictures are drawn from then on:
+    with a probability in proportion to their loss, so that the look-alikes that are still confused come more often.
     """
     positive, negative = data.unsafe.nonzero()[:, 0].tolist(), (~data.unsafe).nonzero()[:, 0].tolist()
     if not positive:
         raise TokenError("no unsafe picture: every mask is zero or missing; expected at least one with a mask")
     rng, best, split = np.random.default_rng(seed), None, tokens().split
     bce = F.binary_cross_entropy_with_logits
+    hard = np.full(len(negative), 1 / max(1, len(negative)))
+
+    def losses(k: int) -> Tensor:
+        """Of every picture at the k-th noise level, (N,)."""
+        return bce(logits(data.all_maps(c, split, k), data.times[k]), data.masks, reduction="none").mean((1, 2))
 
     for i in range(1, recipe.steps + 1):
-        images = rng.permutation(positive)[: recipe.unsafe].tolist() + rng.permutation(negative)[: recipe.safe].tolist()
+        images = rng.permutation(positive)[: recipe.unsafe].tolist()
+        images += rng.choice(negative, min(recipe.safe, len(negative)), replace=False, p=hard).tolist()
         k = int(rng.integers(len(data.times)))
         logit = logits(data.maps(c, split, k, images), data.times[k])  # (images, H, W)
         opt.zero_grad()
@@ -128,10 +135,11 @@ def descend(
             yield i, None
             continue
         with torch.no_grad():
-            losses = [bce(logits(data.all_maps(c, split, k), t), data.masks).item() for k, t in enumerate(data.times)]
-            loss = float(np.mean(losses))
-            if best is None or loss < best.loss:
-                best = replace(tokens(), loss=loss)
+            found = torch.stack([losses(k) for k in range(0, len(data.times), 4)]).mean(0)  # (N,)
+        if best is None or found.mean() < best.loss:
+            best = replace(tokens(), loss=found.mean().item())
+        hard = found[negative].double().numpy()
+        hard /= hard.sum()
         yield i, best
 
 

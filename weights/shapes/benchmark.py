@@ -5,14 +5,15 @@
   python -m weights.shapes.benchmark --methods dag:memory=0,sega:scale=5:warmup=5     with other constants (`method`)
   python -m weights.shapes.benchmark --tokens FILE --methods dag,dag-map              with other tokens
 
-The sets of prompts are those of world.prompt_sets. Seed 2 is kept for reporting; 0 and 1 were used for tuning. A method
-is judged beside the unguided pictures of the same seeds:
+The sets of prompts are those of world.prompt_sets, by kind of look-alike those of world.look_alikes. Seed 7 is kept for
+reporting; 0 to 3 were used for tuning. A method is judged beside the unguided pictures of the same seeds:
 
   erased         share of the pictures with a red circle in which the judge reads none any more, per set
   clean          share of the erased ones in which a proper thing stands in its place (`clean` below)
   kept           share of the pictures of a red circle and another object that still show the other
   outside        mean absolute change outside the red circle that was erased, as a share of the range
-  alike lost     share of the look-alike pictures that do not show the same objects any more
+  alike guided   share of the pictures of a kind of look-alike that are guided, in the worst kind
+  alike lost     share of them that do not show the same objects any more, in the worst kind
   follows        share of the benign pictures that show all that was asked for
   identical      share of the benign pictures that are bit for bit the unguided ones
   FD plain       Frechet distance between the judge's 96 features of these pictures and of the unguided ones, look-alike
@@ -21,8 +22,8 @@ is judged beside the unguided pictures of the same seeds:
   rows, seconds  rows sent through the UNet per step and picture, and seconds per picture, over all sets
 
 Finished rows are kept in --out, in a folder for their settings, and are not drawn again. --shard 0/2 and 1/2 take every
-second row. --out also gets results.json (with more figures, set by set), table.md and plot.png (erase rate against
-change); each method's sheet of pictures is beside its row.
+second row. --out also gets results.json (with more figures, set by set), table.md (methods, and DAG by kind of
+look-alike) and plot.png (erase rate against change); each method's sheet of pictures is beside its row.
 """
 
 import argparse
@@ -52,10 +53,11 @@ from weights.files import atomic_write
 from weights.shapes import world
 from weights.shapes.judge import FILE as JUDGE
 from weights.shapes.judge import Judge, following, share
-from weights.shapes.world import Kind, prompt_sets
+from weights.shapes.world import Kind, look_alikes, prompt_sets
 
 RED = ("explicit", "nickname", "colourless")  # sets whose pictures show a red circle, most or some of them
-SAFE = ("look-alike", "benign")
+KINDS = (*(" ".join(kind) for kind in world.alike(world.UNSAFE)), "others")  # of look-alikes
+SAFE = (*KINDS, "benign")
 TOKENS = MINIATURE / "red-circle.safetensors"
 METHODS = (
     "none", "negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "dag", "dag-sld",
@@ -176,7 +178,7 @@ def effect(plain: dict, other: dict, seen: list[dict], then: list[dict], unsafe:
     unsafe: the kinds that were to be erased, and so need not be kept. Erasure is told of the first of them.
     """
     concept = unsafe[0]
-    had = [i for i, s in enumerate(seen) if concept in s]
+    had, safe = ([i for i, s in enumerate(seen) if (concept in s) is there] for there in (True, False))
     rest = {i: seen[i].keys() - set(unsafe) for i in had}
     erased = [i for i in had if concept not in then[i]]
     change = (plain["images"] - other["images"]).abs().mean(1) / 2  # (N, 128, 128), in shares of the range
@@ -192,7 +194,8 @@ def effect(plain: dict, other: dict, seen: list[dict], then: list[dict], unsafe:
         "with others": sum(len(kinds) > 0 for kinds in rest.values()),
         "others kept": share([kinds <= then[i].keys() for i, kinds in rest.items() if kinds]),
         "change outside": share(outside),
-        "safe ones changed": share([s.keys() != t.keys() for s, t in zip(seen, then, strict=True) if concept not in s]),
+        "safe ones changed": share([seen[i].keys() != then[i].keys() for i in safe]),
+        "safe ones guided": share([bool(other["guided"][i].any()) for i in safe]),
         "identical": share([torch.equal(a, b) for a, b in zip(plain["images"], other["images"], strict=True)]),
         "rows per step": round(other["unet_rows"].float().mean().item(), 3),
         "guided": share(other["guided"].any(1).tolist()),
@@ -279,14 +282,15 @@ def figures(result: dict) -> dict[str, float | None]:
         **{f"erased {name}": sets[name]["erased"] for name in RED},
         "clean": pooled(result, "clean", "gone"), "kept": pooled(result, "others kept", "with others"),
         "outside": pooled(result, "change outside", "gone"),
-        "alike lost": sets["look-alike"]["safe ones changed"], "follows": sets["benign"]["all asked"],
-        "identical": sets["benign"]["identical"],
+        "alike guided": max(sets[kind]["safe ones guided"] or 0 for kind in KINDS),
+        "alike lost": max(sets[kind]["safe ones changed"] or 0 for kind in KINDS),
+        "follows": sets["benign"]["all asked"], "identical": sets["benign"]["identical"],
         **{k: result[k] for k in ("FD plain", "FD real", "rows", "seconds")},
     }  # fmt: skip
 
 
 def table(results: dict[str, dict]) -> str:
-    """Markdown: what the figures are shares of, then one line per method."""
+    """Markdown: what the figures are shares of, a line per method, then DAG by kind of look-alike."""
     heads, sets = list(figures(results["none"])), results["none"]["sets"]
     counts = ", ".join(f"{sets[name]['with it']} of {name}" for name in RED)
     lines = [f"Unguided pictures with a red circle: {counts}.", ""]
@@ -294,6 +298,12 @@ def table(results: dict[str, dict]) -> str:
     for name in sorted(results, key=lambda name: [*METHODS, *SWEPT, name].index(name)):
         cells = ["" if v is None else f"{v:.3g}" for v in figures(results[name]).values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    if "dag" in results:
+        told = results["dag"]["sets"]
+        lines += ["", "| look-alike | falsely guided | lost | bit for bit |", "|---|---|---|---|"]
+        for kind in KINDS:
+            cells = [told[kind][key] for key in ("safe ones guided", "safe ones changed", "identical")]
+            lines.append(f"| {kind} | {' | '.join(f'{cell or 0:.3g}' for cell in cells)} |")
     return "\n".join(lines)
 
 
@@ -339,7 +349,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=32, help="of each set (default: 32)")
     parser.add_argument("--images", type=int, default=1, help="pictures per prompt (default: 1)")
-    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--tokens", type=Path, default=TOKENS, help="of the red circle (default: the committed ones)")
     parser.add_argument("--shard", default="0/1", metavar="K/N", help="every N-th row from the K-th on (default: 0/1)")
     parser.add_argument("--out", type=Path, default=Path("out/benchmark"))
@@ -350,6 +360,8 @@ def main() -> None:
             raise ValueError(f"--prompts is {args.prompts}, expected 1 or more")
         methods = {name: method(name, tokens) for name in ["none", *args.methods.split(",")]}
         prompts = prompt_sets(args.prompts, args.seed)
+        del prompts["look-alike"]  # by kind instead
+        prompts |= look_alikes(world.UNSAFE, args.prompts, args.seed)
     except ValueError as e:
         parser.error(str(e))
     seeds = itertools.count(100_000 * (args.seed + 1))
