@@ -277,8 +277,11 @@ def test_nothing_in_a_folder_is_executed(folders, damaged, tmp_path):
         file = damaged / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": names}))
     GroundedSAM(["a person"], [], damaged, folders[1])
-    (damaged / "model.safetensors").unlink()
-    (damaged / "pytorch_model.bin").write_bytes(pickle.dumps(Executed(flag)))
+    weights, pickled = damaged / "model.safetensors", damaged / "pytorch_model.bin"
+    torch.save(safetensors.torch.load_file(weights), pickled)
+    weights.unlink()
+    assert "weights cannot be read" in refused(["a person"], [], damaged, folders[1]), "not even harmless ones"
+    pickled.write_bytes(pickle.dumps(Executed(flag)))
     assert "weights cannot be read" in refused(["a person"], [], damaged, folders[1])
     assert not flag.exists()
 

@@ -35,7 +35,7 @@ DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-hug
 DETECTORS = ("grounding-dino", "mm-grounding-dino", "owlv2")  # in config.json; their processors take the same call
 SEGMENTERS = ("sam",)  # the later ones have other processors
 SCORE = 0.3  # of a box to be kept, as in MACE (Lu et al. 2024), which erases concepts with the same two networks
-AT_ONCE = 8  # boxes; SAM needs about 50 MB for each
+AT_ONCE = 8  # boxes to segment; each needs 32 MB
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -44,7 +44,7 @@ class GroundedSAM:
 
     labels, not_labels: what a mask covers and what it leaves out, such as ["a person"] and ["hair", "face"].
     detector_model, segmenter_model: folders with config, processor and safetensors weights, or names on the hub.
-    Raises ValueError.
+    Their kinds are DETECTORS and SEGMENTERS; OWLv2's processor needs scipy. Raises ValueError.
     """
 
     def __init__(
@@ -58,17 +58,12 @@ class GroundedSAM:
         if not labels:
             raise ValueError("no label to look for; expected at least one, such as 'a person'")
         self.labels, self.not_labels, self.device = [*map(cleaned, labels)], [*map(cleaned, not_labels)], device
-        self.detector, self.detector_processor = open_model(
-            detector_model, DETECTORS, AutoModelForZeroShotObjectDetection, device
-        )
-        self.segmenter, self.segmenter_processor = open_model(
-            segmenter_model, SEGMENTERS, AutoModelForMaskGeneration, device
-        )
+        detects, segments = AutoModelForZeroShotObjectDetection, AutoModelForMaskGeneration
+        self.detector, self.detector_processor = open_model(detector_model, DETECTORS, detects, device)
+        self.segmenter, self.segmenter_processor = open_model(segmenter_model, SEGMENTERS, segments, device)
         grey = Image.new("RGB", (64, 64), (128, 128, 128))
         for label in [*self.labels, *self.not_labels]:
-            with readable(
-                f"{detector_model}: looking for '{label[:40]}' fails", "a short label and a detector that runs"
-            ):
+            with readable(f"{detector_model}: looking for '{label[:40]}' fails", "a short label, or another detector"):
                 self.boxes(grey, label)
         with readable(f"{segmenter_model}: making a mask fails", "another segmenter"):
             self.cover(grey, torch.tensor([[8.0, 8.0, 56.0, 56.0]]), torch.empty(0, 4))
@@ -97,10 +92,8 @@ class GroundedSAM:
         """The boxes found of a label, (n, 4): left, top, right, bottom in pixels of the picture. n may be 0."""
         process = self.detector_processor
         inputs = process(images=picture, text=[[label]], return_tensors="pt").to(self.device)
-        size = (picture.height, picture.width)
-        (found,) = process.post_process_grounded_object_detection(
-            self.detector(**inputs), threshold=SCORE, target_sizes=[size]
-        )
+        outputs, size = self.detector(**inputs), (picture.height, picture.width)
+        (found,) = process.post_process_grounded_object_detection(outputs, threshold=SCORE, target_sizes=[size])
         return found["boxes"].float().cpu()
 
     @torch.no_grad()
@@ -112,7 +105,8 @@ class GroundedSAM:
         boxes = inputs["input_boxes"].float().to(self.device)  # (1, n + m, 4), in pixels of the segmenter's input
         covered = torch.zeros(2, picture.height, picture.width, dtype=torch.bool)
         for k, group in enumerate(boxes.split([len(inside), len(outside)], 1)):
-            for some in group.split(AT_ONCE, 1) if group.shape[1] else ():
+            for i in range(0, group.shape[1], AT_ONCE):
+                some = group[:, i : i + AT_ONCE]
                 low = self.segmenter(image_embeddings=seen, input_boxes=some, multimask_output=False).pred_masks.cpu()
                 (each,) = process.post_process_masks(low, inputs["original_sizes"], inputs["reshaped_input_sizes"])
                 covered[k] |= each.any(0)[0]  # (boxes, 1, height, width) -> (height, width)
@@ -120,8 +114,8 @@ class GroundedSAM:
 
 
 def cleaned(label: str) -> str:
-    """A label as GroundingDINO learned them, in lower case; its processor adds the period. Raises ValueError."""
-    kept = label.strip().rstrip(".").strip().lower()
+    """A label without its period; the processor adds one, and makes small letters of it. Raises ValueError."""
+    kept = label.strip().rstrip(".").strip()
     if not kept or "." in kept:
         raise ValueError(f"label '{label}': expected one thing to look for, without a period in it, such as 'a person'")
     return kept
