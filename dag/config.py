@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 STEPS = 50  # of a run by default; every second of its noise levels is what tokens are trained on
 SIDE = 64  # pixels: the sides of a picture are multiples of it, so that the UNet can halve the latent three times
 ATTENTIONS = ("auto", "plain", "fused")  # kernels/choice.py
+ANNOTATORS = ("maps", "grounded-sam", "judge")  # dag/cli/annotators.py
 NORMALISATIONS = ("fitted", "joint", "map")  # dag/cam.py
 METHODS = ("none", "negative", "sld-weak", "sld-medium", "sld-strong", "sld-max", "sega", "dag", "dag-sld")
 

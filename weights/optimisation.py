@@ -37,7 +37,7 @@ Progress = Iterator[tuple[int, GuidelineTokens | None]]  # step, and at every ch
 
 
 def optimise(
-    data: AnnotatedQueries, start: GuidelineTokens, recipe: Recipe = Recipe(), seed: int = 0, every: int = 50
+    data: AnnotatedQueries, start: GuidelineTokens, recipe: Recipe = Recipe(), seed: int = 0, every: int = 100
 ) -> Progress:
     """Our recipe: several rows of background and of concept, with normalisation constants learned beside the embedding.
 
@@ -70,7 +70,7 @@ def optimise(
 
 
 def optimise_paper(
-    data: AnnotatedQueries, start: GuidelineTokens, recipe: Recipe = PAPER, seed: int = 0, every: int = 50
+    data: AnnotatedQueries, start: GuidelineTokens, recipe: Recipe = PAPER, seed: int = 0, every: int = 100
 ) -> Progress:
     """The paper's recipe: Eq. 2 on the normalised map, SGD whose rate falls by 0.7 every 20 steps.
 
@@ -148,7 +148,9 @@ def widen(tokens: GuidelineTokens, rows: int, seed: int) -> GuidelineTokens:
     generator = torch.Generator().manual_seed(seed)
 
     def wider(part: Tensor) -> Tensor:
-        extra = part[torch.arange(max(0, rows - len(part))) % len(part)]  # (rows missing, c_text)
+        if len(part) >= rows:
+            return part
+        extra = part[torch.arange(rows - len(part)) % len(part)]  # (rows missing, c_text)
         noise = torch.randn(extra.shape, generator=generator)
         return torch.cat([part, extra + extra.std(1, keepdim=True) * noise])  # (rows, c_text)
 

@@ -84,6 +84,10 @@ class AnnotatedQueries:
         self.masks = torch.cat([self.masks, masks])
         self.kinds += kinds
 
+    def merge(self, other: "AnnotatedQueries") -> None:
+        """The pictures of another, too."""
+        self.add(other.queries, other.masks, other.kinds)
+
     def subset(self, images: Sequence[int]) -> "AnnotatedQueries":
         """Some of the pictures; nothing is copied."""
         some = object.__new__(AnnotatedQueries)
