@@ -116,21 +116,24 @@ def nothing_yet(sd: dag.StableDiffusion, reading: Reading, height: int, width: i
     return AnnotatedQueries(sd, reading, times, height // sd.config.vae.factor, width // sd.config.vae.factor)
 
 
-def cost(sd: dag.StableDiffusion, data: AnnotatedQueries, pictures: int, rounds: int, more: int, folder: Path) -> str:
-    """What drawing will take, from a timed UNet call of the two rows that a step of a picture needs."""
-    x = torch.zeros(2, sd.config.unet.in_channels, *data.masks.shape[1:], device=sd.device)
-    context, t = sd.text.encode(["", ""]), torch.tensor([500, 500], device=sd.device)
+def cost(
+    sd: dag.StableDiffusion, data: AnnotatedQueries, pictures: int, batch: int, rounds: int, more: int, folder: Path
+) -> str:
+    """What drawing will take, from a timed UNet call: of a batch, two rows a picture."""
+    batch = min(batch, pictures)
+    x = torch.zeros(2 * batch, sd.config.unet.in_channels, *data.masks.shape[1:], device=sd.device)
+    context, t = sd.text.encode([""] * len(x)), torch.full((len(x),), 500, device=sd.device)
     for _ in range(2):  # the first call is slower
         began = time.perf_counter()
         with torch.no_grad():
             sd.unet(x, t, context).sum().item()  # waits for the device
-        seconds = time.perf_counter() - began
+        seconds = (time.perf_counter() - began) / batch
     minutes = [n * STEPS * seconds / 60 for n in (pictures, more)]
-    size = 2 * len(data.times) * sum(h * n * d for h, n, d in data.shapes) * (pictures + more * (rounds > 0))
+    size = 2 * len(data.times) * sum(h * n * d for h, n, d in data.shapes) * (pictures + more * (rounds > 0)) / 1e9
     mining = f"; then up to {rounds} rounds of mining, {minutes[1]:.1f} minutes each" if rounds else ""
     return (
         f"{pictures} pictures x {STEPS} steps x 2 UNet rows: about {minutes[0]:.1f} minutes{mining}. Their queries "
-        f"take {size / 1e9:.1f} GB of {folder} while this runs"
+        f"take {size:.1f} GB in {folder} while this runs"
     )
 
 
