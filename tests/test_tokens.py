@@ -379,7 +379,7 @@ def test_mining_adds_what_is_confused_until_nothing_is(tmp_path, capsys, quick, 
 
     def measure(data, tokens, scaling):
         value = next(seen, 0.0)
-        return {"fitted": Seen(*[torch.full((25, len(data)), value)] * 5)}
+        return {"fitted": Seen(*[torch.full((len(data.times), len(data)), value)] * 5)}
 
     monkeypatch.setattr(AnnotatedQueries, "measure", measure)
     monkeypatch.setattr(
@@ -477,7 +477,7 @@ BAD = {
     "size": (lambda d: (folder(d), picture(d / "a.mask.png", (64, 64))), "expected the same"),
     "zero mask": (lambda d: (folder(d), picture(d / "b.mask.png", value=0)), "all zero"),
     "small mask": (lambda d: (folder(d), speck(d / "b.mask.png")), "too small to learn"),
-    "only safe": (lambda d: (folder(d), (d / "a.mask.png").unlink()), "no picture of the concept has a mask"),
+    "only safe": (lambda d: (folder(d), (d / "a.mask.png").unlink()), "no unsafe picture"),
     "not a picture": (lambda d: (folder(d), (d / "a.png").write_text("x")), "not a readable picture"),
     "captions": (lambda d: (folder(d), (d / "captions.json").write_text("[1]")), "expected a JSON object"),
 }

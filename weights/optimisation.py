@@ -125,7 +125,8 @@ def descend(
 
     for i in range(1, recipe.steps + 1):
         images = rng.permutation(positive)[: recipe.unsafe].tolist()
-        images += rng.choice(negative, min(recipe.safe, len(negative)), replace=False, p=hard).tolist()
+        if negative:
+            images += rng.choice(negative, min(recipe.safe, len(negative)), replace=False, p=hard).tolist()
         k = int(rng.integers(len(data.times)))
         logit = logits(data.maps(c, split, k, images), data.times[k])  # (images, H, W)
         opt.zero_grad()

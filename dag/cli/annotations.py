@@ -210,8 +210,8 @@ def read_folder(folder: Path, sd: dag.StableDiffusion) -> tuple[Tensor, Tensor, 
     kept = [i for i, job in enumerate(jobs) if job is not None]
     if left := [name for name, job in zip(names, jobs, strict=True) if job is None]:
         warn(f"{folder}: {len(left)} pictures of the concept without a mask are left out, such as {left[0]}")
-    if not kept:
-        raise ValueError(f"{folder}: no picture of the concept has a mask; expected NAME.mask.png, white where it is")
+    if not any(mask.max() > 0 for mask in masks):
+        raise ValueError(f"{folder}: no unsafe picture, every mask is missing; expected at least one NAME.mask.png")
     return torch.cat(pictures)[kept], torch.cat(masks)[kept], [jobs[i] for i in kept], all("seed" in e for e in entries)
 
 
