@@ -4,7 +4,7 @@ Reading order, from the loop down: sampling, guidance, scalers, cam, tokens, att
 stop after ddim and config. Then unet, vae, text, model. evaluation and cli serve the programs.
 
 Letters, the same in every file: b images or batch rows, h heads, n pixels of one layer, m text tokens, d channels per
-head, K concept rows of guideline tokens, c channels (in cam: a guideline embedding), c_text text width, H x W latent
+head, g guideline rows of all concepts, c channels (in cam: a guideline embedding), c_text text width, H x W latent
 grid, height x width any other grid, t timestep, i step, s_g guidance scale; k a key in attention and cam, else the
 number of a concept; A a detection map, S the strength of guidance.
 """

@@ -48,13 +48,15 @@ def guideline_maps(q: Tensor, k_g: Tensor, split: Sequence[int], heads: str = "m
     Per head: softmax(q k_g^T) over the rows of one concept, summed over those that are not background. With one row of
     either this is OVAM's map, a softmax of two.
     """
+    concepts = list(zip(split[::2], split[1::2], strict=True))
+    if len(set(concepts)) > 1:  # not the same number of rows each: one after the other
+        keys = k_g.split([sum(rows) for rows in concepts], dim=1)
+        return torch.cat([guideline_maps(q, own, rows, heads) for own, rows in zip(keys, concepts, strict=True)], 1)
     wide = torch.promote_types(q.dtype, torch.float32)
-    parts, maps = (q.to(wide) @ k_g.to(wide).transpose(1, 2)).split(list(split), dim=3), []  # (b, h, n, rows) each
-    for background, concept in zip(parts[::2], parts[1::2], strict=True):
-        p = torch.cat([background, concept], 3).softmax(3)  # (b, h, n, rows of both)
-        maps.append(p[..., background.shape[3] :].sum(3))  # (b, h, n)
-    stacked = torch.stack(maps, 2)  # (b, h, concepts, n)
-    return stacked.mean(1) if heads == "mean" else stacked.amax(1)  # (b, concepts, n)
+    logits = q.to(wide) @ k_g.to(wide).transpose(1, 2)  # (b, h, n, g)
+    p = logits.unflatten(3, (len(concepts), -1)).softmax(4)  # (b, h, n, concepts, rows)
+    maps = p[..., split[0] :].sum(4)  # (b, h, n, concepts)
+    return (maps.mean(1) if heads == "mean" else maps.amax(1)).transpose(1, 2)  # (b, concepts, n)
 
 
 def attention_with_maps(

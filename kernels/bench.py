@@ -2,13 +2,15 @@
 
   python -m kernels.bench
 
-Shapes are SD 1.4's at 512 x 512 (8 heads, 77 text tokens), 8 concept rows, maps of the conditional half of the batch.
+Shapes are SD 1.4's at 512 x 512 (8 heads, 77 text tokens), one concept of 8 background and 8 concept rows, maps of the
+conditional half of the batch.
 On a GPU every shape is first compared with float64. If `errors` finds more than it allows, the shape is not timed and
 the exit status is 1. The times are
 
     SDPA          the main attention alone
     SDPA + map    dag/cam.py's `attention_with_maps`: what "plain" runs
-    SDPA + SDPA   a second SDPA call whose values are one-hot: what people use for maps under fused attention today
+    SDPA + SDPA   a second SDPA call whose values are one-hot: the same formula, as people compute maps under fused
+                  attention today
     fused         the kernel
 
 in microseconds: of the GPU, inside a CUDA graph, and for plain and fused also of the processor that sends the work.
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,19 +46,19 @@ from . import cross_attention
 from .choice import Verdict
 from .cross_attention import BLOCK_N, OPTIONS, arguments, attention_kernel, cross_attention_with_maps
 
-HEADS, TOKENS, CONCEPTS = 8, 77, 8
+HEADS, TOKENS, SPLIT = 8, 77, (8, 8)
 LAYERS = ((4096, 40), (1024, 80), (256, 160), (64, 160))  # n, d; DAG reads the second and third
 WITHOUT_MAPS = ("if slot >= 0:", "if False:")  # an edit of the kernel, to compare with
 
 
-def inputs(b, h, n, m, d, K, dtype=torch.float32, device="cpu", scale=1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random q, k, v, dk laid out as the UNet's: heads side by side in a pixel, q times scale."""
+def inputs(b, h, n, m, d, g, dtype=torch.float32, device="cpu", scale=1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random q, k, v, k_g laid out as the UNet's: heads side by side in a pixel, q times scale."""
     q, k, v = (torch.randn(b, length, h * d, device=device).to(dtype) for length in (n, m, m))
     q, k, v = (x.unflatten(-1, (h, d)).transpose(1, 2) for x in (q * scale, k, v))  # (b, h, n or m, d)
-    return q, k, v, (torch.randn(h, K, d, device=device) / d**0.5).to(dtype)
+    return q, k, v, (torch.randn(h, g, d, device=device) / d**0.5).to(dtype)
 
 
-def errors(found: tuple[Tensor, Tensor], q, k, v, dk, rows: list[int]) -> tuple[bool, str]:
+def errors(found: tuple[Tensor, Tensor], q, k, v, k_g, split: list[int], rows: list[int]) -> tuple[bool, str]:
     """Whether output and maps are as right as they should be, and "largest error against float64 of what it may be".
 
     It may be twice that of plain PyTorch on the same inputs. A float32 result (maps always are one) may be three times
@@ -64,8 +66,9 @@ def errors(found: tuple[Tensor, Tensor], q, k, v, dk, rows: list[int]) -> tuple[
     result may be as far off as PyTorch's and one unit in the last place more, because the interpreter truncates.
     5e-6 in the output and 1e-6 in the maps are always allowed.
     """
-    exact = attention_with_maps(*(x.double() for x in (q, k, v, dk)), rows)
-    own = attention_with_maps(*(x.contiguous() for x in (q, k, v)), dk, rows)  # SDPA may need its inputs aligned
+    exact = attention_with_maps(*(x.double() for x in (q, k, v, k_g)), split, rows)
+    aligned = (x.contiguous() for x in (q, k, v))  # SDPA may need them so
+    own = attention_with_maps(*aligned, k_g, split, rows)
     measured = []
     for ours, theirs, truth, least in zip(found, own, exact, (5e-6, 1e-6), strict=True):
         if truth.numel() > 0:
@@ -83,13 +86,13 @@ def moved(b: int, rows: int, n: int, d: int, width: int) -> dict[str, int]:
 
     main: q, k, v, out. fused, separate: what the maps add to it, in the kernel or by `guideline_maps` in PyTorch.
     """
-    h, m, K = HEADS, TOKENS, CONCEPTS
-    q, per_head, mean, dk = rows * h * n * d, 4 * rows * h * K * n, 4 * rows * K * n, h * K * d
+    h, m, g, (_, concept) = HEADS, TOKENS, sum(SPLIT), SPLIT
+    q, k_g, per_head, mean = rows * h * n * d, h * g * d, 4 * rows * h * n, 4 * rows * n
     return {
         "main": width * 2 * b * h * d * (n + m),
-        "fused": width * dk + 2 * per_head + mean,  # written per head, read again for the mean
-        # casts of q and dk, product, sigmoid, mean
-        "separate": (width + 4) * (q + dk) + (4 * q + 4 * dk + per_head) + 2 * per_head + (per_head + mean),
+        "fused": width * k_g + 2 * per_head + mean,  # written per head, read again for the mean
+        # cast of q (the keys were cast once), product, softmax, sum, mean
+        "separate": (width + 4) * q + 4 * (q + k_g) + (g + 2 * g + concept + 1) * per_head + (per_head + mean),
     }
 
 
@@ -106,8 +109,10 @@ def edited(*changes: tuple[str, str]):
         return runpy.run_path(str(path))["attention_kernel"]
 
 
-def compiled(capability: int, tensors: tuple[Tensor, ...], kernel=attention_kernel, **changes) -> CompiledKernel:
-    """What a launch with q, k, v, dk would run on a GPU of this capability; changes: other compile-time values.
+def compiled(
+    capability: int, tensors: tuple[Tensor, ...], split: Sequence[int] = SPLIT, kernel=attention_kernel, **changes
+) -> CompiledKernel:
+    """What a launch with q, k, v, k_g would run on a GPU of this capability; changes: other compile-time values.
 
     The GPU need not be there: Triton compiles as on a launch, but for a driver that only says what the GPU would be.
     """
@@ -117,7 +122,7 @@ def compiled(capability: int, tensors: tuple[Tensor, ...], kernel=attention_kern
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(absent)
-    values, constants = arguments(*tensors, rows=(0,), block_n=BLOCK_N)
+    values, constants = arguments(*tensors, split, rows=(0,), block_n=BLOCK_N)
     return kernel.warmup(*values, grid=(1,), **constants | changes)
 
 
@@ -162,8 +167,9 @@ def without_gpu() -> list[dict]:
     print("capability    d   instructions with / without   registers   shared bytes   spills")
     without_maps = edited(WITHOUT_MAPS)
     for capability, d in itertools.product((80, 86, 89, 90), (40, 80, 160)):
-        tensors = inputs(2, HEADS, 64, TOKENS, d, CONCEPTS, torch.float16)
-        maps, bare = (machine_code(compiled(capability, tensors, f))[0] for f in (attention_kernel, without_maps))
+        tensors = inputs(2, HEADS, 64, TOKENS, d, sum(SPLIT), torch.float16)
+        maps = machine_code(compiled(capability, tensors))[0]
+        bare = machine_code(compiled(capability, tensors, kernel=without_maps))[0]
         ratio = maps["total"] / bare["total"]
         print(
             f"{capability / 10:10.1f} {d:4d} {maps['total']:14d} / {bare['total']} = {ratio:.2f}"
@@ -172,13 +178,14 @@ def without_gpu() -> list[dict]:
     return []
 
 
-def one_hot(q: Tensor, k: Tensor, v: Tensor, dk: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """`attention_with_maps` by two SDPA calls; its maps are of a softmax over background and all K concept rows."""
-    h, K, d = dk.shape
-    keys = F.pad(dk * d**0.5, (0, 0, 1, 0)).expand(len(q[rows]), -1, -1, -1)  # (rows, h, 1+K, d), the background 0
-    values = torch.eye(1 + K, d, dtype=q.dtype, device=q.device).expand(len(q[rows]), h, -1, -1)  # (rows, h, 1+K, d)
-    maps = F.scaled_dot_product_attention(q[rows], keys, values)[..., 1 : 1 + K]  # (rows, h, n, K)
-    return F.scaled_dot_product_attention(q, k, v), maps.float().mean(1).transpose(1, 2)
+def one_hot(q: Tensor, k: Tensor, v: Tensor, k_g: Tensor, values: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """`attention_with_maps` of one concept by two SDPA calls; its maps are rounded to q's dtype before the mean.
+
+    values (g, d): 1 in the first channel of the concept's rows, else 0, so that attention to them is the map.
+    """
+    shape = len(q[rows]), *k_g.shape  # (rows, h, g, d)
+    maps = F.scaled_dot_product_attention(q[rows], k_g.expand(shape), values.expand(shape), scale=1.0)[..., 0]
+    return F.scaled_dot_product_attention(q, k, v), maps.float().mean(1, keepdim=True)  # (b, h, n, d), (rows, 1, n)
 
 
 def to_send(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -194,28 +201,34 @@ def to_send(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def tried(dtype: torch.dtype, b: int, n: int, d: int, K: int = CONCEPTS, h: int = HEADS, others: bool = False) -> dict:
+def tried(
+    dtype: torch.dtype, b: int, n: int, d: int, split: Sequence[int] = SPLIT, h: int = HEADS, others: bool = False
+) -> dict:
     """One shape on this GPU: is the kernel right there and in a small odd batch, and its times beside plain PyTorch's.
 
-    others: those of SDPA alone and of two SDPA calls too.
+    others: those of SDPA alone and of two SDPA calls too, for one concept.
     """
-    shape = {"dtype": str(dtype).removeprefix("torch."), "b": b, "n": n, "d": d, "K": K}
-    odd = inputs(3, h, 65, TOKENS, d, K, dtype, "cuda")
-    tensors = q, k, v, dk = inputs(b, h, n, TOKENS, d, K, dtype, "cuda")
+    split, g = list(split), sum(split)
+    shape = {"dtype": str(dtype).removeprefix("torch."), "b": b, "n": n, "d": d, "split": split}
+    odd = inputs(3, h, 65, TOKENS, d, g, dtype, "cuda")
+    tensors = q, k, v, k_g = inputs(b, h, n, TOKENS, d, g, dtype, "cuda")
     rows = list(range(b // 2, b))
     for each, wanted in ((odd, [2, 0]), (tensors, rows)):
-        right, said = errors(cross_attention_with_maps(*each, wanted), *each, wanted)
+        right, said = errors(cross_attention_with_maps(*each, split, wanted), *each, split, wanted)
         if not right:
             return shape | {"right": False, "errors": said}
     half = slice(b // 2, b)  # a list would be copied to the GPU, which cannot be part of a CUDA graph
+    wide = k_g.float()  # as a Probe keeps it for plain PyTorch
     calls = {
-        "plain": lambda: attention_with_maps(q, k, v, dk, half),
-        "fused": lambda: cross_attention_with_maps(q, k, v, dk, rows),
+        "plain": lambda: attention_with_maps(q, k, v, wide, split, half),
+        "fused": lambda: cross_attention_with_maps(q, k, v, k_g, split, rows),
     }
     sent = {f"{name}_sent": least for name, least in to_send(calls).items()}
     if others:
         calls["sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v)
-        calls["one_hot"] = lambda: one_hot(q, k, v, dk, half)
+        values = torch.zeros_like(k_g[0])  # (g, d)
+        values[split[0] :, 0] = 1
+        calls["one_hot"] = lambda: one_hot(q, k, v, k_g, values, half)
     times = {name: 1e3 * triton.testing.do_bench_cudagraph(call) for name, call in calls.items()}  # from milliseconds
     return shape | {"right": True, "errors": said} | {name: round(us, 1) for name, us in (times | sent).items()}
 
@@ -245,11 +258,12 @@ def with_gpu() -> list[dict]:
 
 if __name__ == "__main__":
     if len(sys.argv) > 6:  # as kernels/choice.py calls it
-        index, dtype, b, h, K, *grids = sys.argv[1:]
+        index, dtype, b, h, rows, *grids = sys.argv[1:]
+        split = list(map(int, rows.split(",")))
         torch.cuda.set_device(int(index))
         for grid in grids:
             n, d = map(int, grid.split("x"))
-            print(json.dumps(tried(getattr(torch, dtype), int(b), n, d, int(K), int(h))), flush=True)
+            print(json.dumps(tried(getattr(torch, dtype), int(b), n, d, split, int(h))), flush=True)
     elif len(sys.argv) > 1:
         sys.exit(__doc__)
     else:

@@ -3,7 +3,7 @@
 "auto" takes the kernel where a trial on this GPU says that it is right and not slower, plain PyTorch everywhere else.
 The trial is a process of its own, because a kernel that reads where it must not takes every later CUDA call of its
 process with it. A verdict is for one GPU, driver, torch, triton, source of the kernel and of what it stands for, dtype,
-head width and K; it is remembered in the user's cache folder.
+head width and split of the guideline rows; it is remembered in the user's cache folder.
 """
 
 import ctypes
@@ -70,7 +70,8 @@ def for_run(
     try:
         from . import cross_attention as kernel  # here: it needs triton, the plain one does not
 
-        obstacle = kernel.obstacle(sd.device, sd.dtype, max(widths, default=16))
+        rows = max((len(c.embedding) for c in tokens), default=2)
+        obstacle = kernel.obstacle(sd.device, sd.dtype, max(widths, default=16), rows)
     except ImportError as e:
         obstacle = f"kernels/cross_attention.py cannot be imported ({e})"
     if pooled := [c.reading.heads for c in tokens if c.reading.heads != "mean"]:
@@ -83,25 +84,25 @@ def for_run(
         return None, f"plain: {obstacle or 'no maps are read'}"
     side = sd.config.size // sd.config.vae.factor
     grids = {d: (side // factor) ** 2 for d, factor in widths.items()}
-    K = sum(len(c.embedding) - 1 for c in tokens)
+    split = [rows for c in tokens for rows in c.split]
     try:
-        verdict = judged(sd.device, sd.dtype, layers[0].num_heads, K, grids)
+        verdict = judged(sd.device, sd.dtype, layers[0].num_heads, split, grids)
     except Exception as e:  # whatever it is, there is plain PyTorch
         verdict = Verdict(False, f"no trial could be made ({type(e).__name__}: {e})")
     return kernel.cross_attention_with_maps if verdict.fused else None, str(verdict)
 
 
-def judged(device: torch.device, dtype: torch.dtype, h: int, K: int, grids: dict[int, int]) -> Verdict:
+def judged(device: torch.device, dtype: torch.dtype, h: int, split: list[int], grids: dict[int, int]) -> Verdict:
     """The verdict for queries of some head widths (grids: head width d -> pixels n), remembered or from a trial."""
     kind = str(dtype).removeprefix("torch.")
     files = HERE / "cross_attention.py", HERE.parent / "dag" / "attention.py", HERE.parent / "dag" / "cam.py"
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     gpu = torch.cuda.get_device_name(device), f"driver {driver()}"
     common = *gpu, f"torch {torch.__version__}", f"triton {version('triton')}", f"kernel {source}", kind
-    keys = {d: ", ".join((*common, f"d {d}", f"K {K}")) for d in grids}
+    keys = {d: ", ".join((*common, f"d {d}", f"split {split}")) for d in grids}
     known = remembered()
     if missing := [d for d in grids if keys[d] not in known]:
-        rows, surprise = trial(device, kind, h, K, [(grids[d], d) for d in missing])
+        rows, surprise = trial(device, kind, h, split, [(grids[d], d) for d in missing])
         for d in missing:
             own = [row for row in rows if row["d"] == d]
             known[keys[d]] = Verdict.of(own) if own else Verdict(False, surprise)
@@ -118,10 +119,12 @@ def driver() -> int:
     return found.value
 
 
-def trial(device: torch.device, dtype: str, h: int, K: int, grids: list[tuple[int, int]]) -> tuple[list[dict], str]:
+def trial(
+    device: torch.device, dtype: str, h: int, split: list[int], grids: list[tuple[int, int]]
+) -> tuple[list[dict], str]:
     """Results of `tried` in kernels/bench.py for each (n, d), and what went wrong with those that are missing."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    command = [sys.executable, "-m", "kernels.bench", str(index), dtype, "2", str(h), str(K)]
+    command = [sys.executable, "-m", "kernels.bench", str(index), dtype, "2", str(h), ",".join(map(str, split))]
     command += [f"{n}x{d}" for n, d in grids]
     print("trying the fused kernel on this GPU, once; this takes some 20 seconds", file=sys.stderr)
     try:
@@ -166,7 +169,7 @@ class WithoutMaps(Probe):
     """
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        if layer not in self.dk or self.call.cond == NO_ROWS:
+        if layer not in self.k_g or self.call.cond == NO_ROWS:
             return None
-        out, _ = self.fused(q, k, v, self.dk[layer], [])
+        out, _ = self.fused(q, k, v, self.k_g[layer], self.split, [])
         return out

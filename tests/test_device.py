@@ -144,9 +144,9 @@ def test_reads(device):
 
 
 def test_operations(device):
-    """A step in which nothing is found sends at most 41 operations more than a plain one, as SD 1.4 would: 6.1 %."""
+    """A step in which nothing is found sends at most 50 operations more than a plain one, as SD 1.4 would: 7.4 %."""
     plain, looking = (counted(1, count, False, device)[0] for count in (0, 1))
-    assert plain < looking <= plain + 41, (plain, looking)
+    assert plain < looking <= plain + 50, (plain, looking)
 
 
 def on_the_cpu(A):

@@ -35,13 +35,28 @@ def grid(*rows: str) -> torch.Tensor:
     return torch.tensor([[{"#": 1.0, "+": 0.05, ".": 0.0}[c] for c in row] for row in rows])
 
 
-def test_maps_are_a_softmax_of_two_rows():
-    b, h, n, d, K = 2, 3, 5, 8, 4
-    q, k = torch.randn(b, h, n, d), torch.randn(h, 1 + K, d)
-    maps = guideline_maps(q, (k[:, 1:] - k[:, :1]) / d**0.5)
-    for row in range(K):
-        pair = torch.einsum("bhnd,hkd->bhnk", q, k[:, [0, 1 + row]]) / d**0.5
-        assert torch.allclose(maps[:, row], pair.softmax(-1)[..., 1].mean(1), atol=1e-6)
+@pytest.mark.parametrize("split", [(1, 1), (2, 3), (2, 3, 2, 3), (1, 3, 4, 2, 1, 1), (2, 3, 3, 2)])
+def test_maps_are_the_attention_to_a_concept_among_its_own_rows(split):
+    """Whatever others there are; a row of either is OVAM's softmax of two."""
+    b, h, n, d = 2, 3, 5, 8
+    q, k_g = torch.randn(b, h, n, d), torch.randn(h, sum(split), d)
+    own = k_g.split([sum(rows) for rows in zip(split[::2], split[1::2], strict=True)], 1)
+    for heads, pool in (("mean", torch.mean), ("max", torch.amax)):
+        maps = guideline_maps(q, k_g, split, heads)
+        assert maps.shape == (b, len(own), n)
+        for k, keys in enumerate(own):
+            e = torch.einsum("bhnd,hgd->bhng", q, keys).exp()
+            share = e[..., split[2 * k] :].sum(-1) / e.sum(-1)
+            assert torch.allclose(maps[:, k], pool(share, 1), atol=1e-6)
+    pair = torch.einsum("bhnd,hgd->bhng", q, k_g[:, :2])
+    assert torch.allclose(guideline_maps(q, k_g[:, :2], [1, 1])[:, 0], pair.softmax(-1)[..., 1].mean(1), atol=1e-6)
+
+
+def test_maps_of_large_logits_are_finite():
+    """One concept's may be far above another's, and far from 0."""
+    q, k_g = torch.ones(1, 1, 1, 1), torch.tensor([[[1000.0], [1001.0], [-1000.0], [-1001.0]]])
+    expected = torch.sigmoid(torch.tensor([1.0, -1.0]))
+    assert torch.allclose(guideline_maps(q, k_g, [1, 1, 1, 1])[0, :, 0], expected)
 
 
 def test_probe_reads_the_conditional_rows_and_changes_nothing(random_model, tokens):
@@ -61,13 +76,13 @@ def test_probe_reads_the_conditional_rows_and_changes_nothing(random_model, toke
 
 def test_probe_looks_at_the_layers_of_its_reading(random_model, tokens):
     probe = Probe(random_model.unet, [replace(tokens, reading=Reading((2, 4)))])
-    assert sorted(layer.factor for layer in probe.dk) == [2] * 5 + [4] * 5
-    layer = next(iter(probe.dk))
-    assert torch.equal(probe.dk[layer], guideline_keys(layer, tokens.embedding))
-    k = split_heads(layer.to_k(tokens.embedding)[None], layer.num_heads)[0]
-    assert torch.allclose(probe.dk[layer], (k[:, 1:] - k[:, :1]) / k.shape[-1] ** 0.5, atol=1e-6)
+    assert sorted(layer.factor for layer in probe.k_g) == [2] * 5 + [4] * 5
+    layer = next(iter(probe.k_g))
+    assert torch.equal(probe.k_g[layer], guideline_keys(layer, tokens.embedding))
+    k = split_heads(layer.to_k(tokens.embedding)[None], layer.num_heads)[0]  # (h, g, d)
+    assert torch.allclose(probe.k_g[layer], (k - k.mean(1, keepdim=True)) / k.shape[-1] ** 0.5, atol=1e-6)
     name = "output_blocks.3.1.transformer_blocks.0.attn2"
-    (one,) = Probe(random_model.unet, [replace(tokens, reading=Reading((name,)))]).dk
+    (one,) = Probe(random_model.unet, [replace(tokens, reading=Reading((name,)))]).k_g
     assert one.name == name and random_model.unet.get_submodule(name) is one
 
 

@@ -54,7 +54,7 @@ def test_interpreted(tmp_path, grid):
 def test_compiled(tmp_path, grid):
     """Tensor-core work, loads, spills, registers, shared memory, instructions; and that regressions are noticed."""
     kinds = [line.split()[1] for line in run(tmp_path, "-m", "tests.measure.kernel_compiled", grid)]
-    assert kinds.count("compiled") == (6 * 3 * 2 * 3 if grid == "full" else 2 * 3)
+    assert kinds.count("compiled") == (6 * 3 * 2 * 4 if grid == "full" else 2 * 3 * 2)
     assert kinds.count("regression") == (12 if grid == "full" else 6)
 
 
@@ -67,7 +67,7 @@ def test_bench_without_a_gpu_times_nothing(tmp_path):
 
 def test_operator():
     """Schema, fake tensors and strides agree with what it returns, and torch.compile sees it as one node."""
-    call = (*inputs(3, 2, 20, 24, 8, 3), [2, 0])
+    call = (*inputs(3, 2, 20, 24, 8, 9), [1, 3, 2, 3], [2, 0])
     torch.library.opcheck(kernel.operator, call)
     backend = EagerAndRecordGraphs()
     found = torch.compile(lambda: kernel.cross_attention_with_maps(*call), backend=backend, fullgraph=True)()
@@ -86,16 +86,19 @@ def card(monkeypatch, tmp_path):
         rows = ({"right": True, "errors": "", "fused": 9.0, "plain": 25.0, "fused_sent": 30.0, "plain_sent": 60.0},)
         surprise = ""
 
-        def choose(self, choice="auto", device="cuda", dtype=torch.float16, concepts=(1,), d=40, heads="mean"):
+        def choose(self, choice="auto", device="cuda", dtype=torch.float16, split=(8, 8), d=40, heads="mean"):
             layer = SimpleNamespace(factor=2, name="", num_heads=8, to_v=torch.nn.Linear(1, 8 * d))
             unet = SimpleNamespace(cross_attention=lambda: [layer])
-            tokens = [SimpleNamespace(embedding=torch.zeros(1 + K, 1), reading=Reading((2,), heads)) for K in concepts]
+            tokens = [
+                SimpleNamespace(embedding=torch.zeros(sum(own), 1), split=own, reading=Reading((2,), heads))
+                for own in zip(split[::2], split[1::2], strict=True)
+            ]
             sd = SimpleNamespace(device=torch.device(device), dtype=dtype, unet=unet, config=SD14)
             return for_run(choice, sd, tokens)
 
-        def trial(self, device, dtype, h, K, grids):
+        def trial(self, device, dtype, h, split, grids):
             self.trials += 1
-            assert (device.type, h, grids[0][0]) == ("cuda", 8, 32 * 32)
+            assert (device.type, h, grids[0][0], len(split) % 2) == ("cuda", 8, 32 * 32, 0)
             return [row | {"d": d} for row in self.rows for _, d in grids], self.surprise
 
     card = Card()
@@ -112,10 +115,9 @@ def test_auto_is_what_the_trial_favours(card):
     assert fused is kernel.cross_attention_with_maps
     assert said == "fused: the kernel is right on this GPU and takes 0.36 of plain PyTorch's time"
     assert card.choose() == (fused, said) and card.trials == 1  # remembered
-    assert [card.choose(**other)[1] for other in ({"d": 80}, {"concepts": (2,)}, {"dtype": torch.bfloat16})] == 3 * [
-        said
-    ]
-    assert card.trials == 4  # each of these has a verdict of its own
+    others = {"d": 80}, {"split": (4, 12)}, {"split": (8, 8, 8, 8)}, {"dtype": torch.bfloat16}
+    assert [card.choose(**other)[1] for other in others] == 4 * [said]
+    assert card.trials == 5  # each of these has a verdict of its own
 
 
 def test_auto_is_plain_where_the_kernel_loses(card):
@@ -145,7 +147,7 @@ def test_bench(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert len(rows) == 8 and all(row["right"] and row["plain"] == row["fused"] == 40.0 for row in rows)
     assert "a card" in said and said.count("fused: the kernel is right on this GPU and takes 1.00 of") == 4
-    monkeypatch.setattr(bench, "cross_attention_with_maps", lambda q, k, v, dk, rows: (q * 0, torch.zeros(1)))
+    monkeypatch.setattr(bench, "cross_attention_with_maps", lambda q, *_: (q * 0, torch.zeros(1)))
     assert not any(row["right"] for row in bench.with_gpu())
     assert capsys.readouterr().out.count("plain: the kernel is wrong on this GPU, error of limit ") == 4
 
@@ -181,12 +183,13 @@ def test_memory_that_cannot_be_used_costs_a_trial(card, tmp_path, monkeypatch):
 def test_asked_for(card, monkeypatch):
     """What is asked for needs no trial; what the kernel cannot do is an error for "fused" only."""
     assert card.choose("plain") == (None, "plain, as asked")
-    for concepts in ((16,), (8, 8, 8)):
-        assert card.choose("fused", concepts=concepts, d=160) == (kernel.cross_attention_with_maps, "fused, as asked")
+    for split in ((16, 16), (8, 8, 8, 8, 1, 3)):
+        assert card.choose("fused", split=split, d=160) == (kernel.cross_attention_with_maps, "fused, as asked")
     refused = {
         "the queries are float32": {"dtype": torch.float32},
         "the queries are on cpu": {"device": "cpu"},
         "heads of 161": {"d": 161},
+        "a concept has 33 guideline rows, expected at most 32": {"split": (8, 8, 8, 25)},
         "it takes the mean over heads, these tokens their max": {"heads": "max"},
     }
     for words, changes in refused.items():
@@ -203,7 +206,7 @@ def test_asked_for(card, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the trial succeeds")
 def test_a_trial_that_dies_is_one_line():
-    rows, said = choice.trial(torch.device("cuda", 0), "float16", 8, 4, [(64, 40)])
+    rows, said = choice.trial(torch.device("cuda", 0), "float16", 8, [8, 8], [(64, 40)])
     assert rows == [] and said.startswith("the trial of the kernel failed: ") and "\n" not in said
 
 
@@ -211,9 +214,9 @@ def test_unguided_beside_guided(random_model):
     """Methods without maps run the same implementation: a picture in which nothing is found stays the unguided one."""
     calls = []
 
-    def fused(q, k, v, dk, rows):
+    def fused(q, k, v, k_g, split, rows):
         calls.append(list(rows))
-        out, maps = attention_with_maps(q, k, v, dk, rows)
+        out, maps = attention_with_maps(q, k, v, k_g, split, rows)
         return out + 1e-3, maps  # unlike plain attention's
 
     tokens = dag.GuidelineTokens.from_text(random_model, "a red circle", "a blue star")

@@ -90,9 +90,9 @@ def quiet(sd: StableDiffusion) -> None:
 
 
 def concepts(sd: StableDiffusion, count: int) -> list[GuidelineTokens]:
-    """Tokens of 8 rows each, as train_tokens.py makes them."""
-    made, reading = torch.randn(9, SD14.unet.context_dim), Reading(SD14.cam_factors)
-    constants = dict(reduce="min", levels=(1,), lo=(0.5,), hi=(0.6,))
+    """Tokens of 8 background and 8 concept rows each, as train_tokens.py makes them."""
+    made, reading = torch.randn(16, SD14.unet.context_dim), Reading(SD14.cam_factors)
+    constants = dict(background=8, levels=(1,), lo=(0.5,), hi=(0.6,))
     return [GuidelineTokens(made, f"{k}", "", reading, fingerprint(sd), **constants) for k in range(count)]
 
 
