@@ -13,7 +13,7 @@ import sample
 import train_tokens
 from dag import DAG, Guidance, GuidelineTokens, sampling
 from dag.cam import combine
-from dag.cli import annotations
+from dag.cli import annotations, annotators, training
 from dag.config import METHODS
 from dag.evaluation.baselines import by_name
 from tests.conftest import TOKENS
@@ -107,10 +107,13 @@ def test_detect(dtype, tmp_path, capsys):
 def test_token_training(tmp_path, monkeypatch):
     """Pictures drawn on the spot, along their trajectories; then a folder of pictures with noise added."""
     out = tmp_path / "t.safetensors"
-    monkeypatch.setattr(train_tokens, "HELD_OUT", 1)
-    monkeypatch.setattr(annotations, "STRIDE", 10)
-    monkeypatch.setattr(sampling, "sample", functools.partial(sampling.sample, steps=4))
-    assert run(train_tokens, "--n-unsafe", 1, "--n-safe", 1, "--steps", 2, "--out", out) == 0
+    for module in (annotations, training):
+        monkeypatch.setattr(module, "STRIDE", 1)
+        monkeypatch.setattr(module, "STEPS", 8)
+    monkeypatch.setattr(annotators, "CONTRAST", 0.0)
+    monkeypatch.setattr(sampling, "sample", functools.partial(sampling.sample, steps=8))
+    drawing = ["--n-unsafe", 2, "--n-safe", 1, "--rounds", 1, "--steps", 2]
+    assert run(train_tokens, *drawing, "--out", out) == 0
     folder(tmp_path / "data")
     argv = ["--data", tmp_path / "data", "--recipe", "paper", "--steps", 2, "--out", out]
     assert run(train_tokens, *argv, dtype="float16") == 0

@@ -107,8 +107,7 @@ def warn_untrained(args: argparse.Namespace, sd: dag.StableDiffusion) -> None:
     """Before and after a run without trained tokens."""
     warn(
         f"nothing is looked for well: tokens of '{sd.config.concept}' that were not optimised detect poorly; make some "
-        f"by `python train_tokens.py --ckpt {args.ckpt} --data DIR --concept '{sd.config.concept}' --safety-text "
-        f"'{sd.config.safety_text}'`, and they are found beside the checkpoint"
+        f"by `python train_tokens.py --ckpt {args.ckpt} --concept '{sd.config.concept}'`, and they are found beside it"
     )
 
 
