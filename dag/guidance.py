@@ -19,7 +19,7 @@ from . import ddim
 from .attention import Hook
 from .cam import AttentionWithMaps, Probe
 from .config import DAGConfig, Scaling
-from .scalers import scale_map
+from .scalers import objects, scale_map
 from .tokens import GuidelineTokens
 
 # A (b, concepts, H, W) and each concept's constants -> S (b, concepts, H, W), both on the CPU
@@ -168,7 +168,7 @@ class DAG(Guidance):
     def __call__(self, step: Inputs) -> Estimate:
         eps, device = step.cfg_eps, step.eps_p.device
         A = step.A.cpu()  # the one wait for the device: all decisions below are made on the CPU
-        self.remembered = A = remember(A, self.remembered, self.cfg)  # (b, concepts, H, W)
+        self.remembered = A = remember(A, self.remembered, self.cfg, self.scalings)  # (b, concepts, H, W)
         S = self.scaler(A, self.scalings)  # (b, concepts, H, W)
         ties = torch.where(S == S.amax(1, keepdim=True), A, -1.0)  # (b, concepts, H, W); at s_max there are many
         acting = ties.argmax(1, keepdim=True)  # (b, 1, H, W)
@@ -193,13 +193,16 @@ class DAG(Guidance):
         return torch.ones_like(d_s)
 
 
-def remember(A: Tensor, before: Tensor, cfg: DAGConfig) -> Tensor:
-    """The larger of this step's maps A (..., H, W) and the previous ones, decayed: what a step acts on.
+def remember(A: Tensor, before: Tensor, cfg: DAGConfig, scalings: list[Scaling]) -> Tensor:
+    """The larger of this step's maps A (b, concepts, H, W) and the previous ones, decayed: what a step acts on.
 
-    A map that covers at least the share `full` of the frame is ignored (Algorithm 1), so it is not remembered either.
+    A map in which Algorithm 1 finds nothing to guide, because no object is large enough or because it covers at least
+    the share `full` of the frame, is not remembered either: specks of several steps must not add up to an object.
     """
     if cfg.scaling.area_gain is not None:  # else there is no Algorithm 1
-        A = A * ((cfg.scaling.edit <= A).float().mean((-2, -1), keepdim=True) < cfg.scaling.full)  # (..., H, W)
+        found = [objects(A[:, k], one)[0].flatten(1).any(1) for k, one in enumerate(scalings)]  # (b,) each
+        formed = (cfg.scaling.edit <= A).float().mean((2, 3)) < cfg.scaling.full  # (b, concepts)
+        A = A * (torch.stack(found, 1) & formed)[..., None, None]  # (b, concepts, H, W)
     return torch.maximum(A, cfg.memory * before)
 
 

@@ -285,7 +285,9 @@ def test_memory(random_model, tokens):
         cfg = DAGConfig(warmup=2, memory=memory)
         steps, seen = run(random_model, DAG(tokens, cfg=cfg)), torch.zeros(())
         for s in steps:
-            seen = torch.maximum(s.A * ((s.A >= 0.01).float().mean((2, 3), keepdim=True) < 0.8), memory * seen)
+            formed = (s.A >= 0.01).float().mean((2, 3)) < 0.8
+            found = objects(s.A, cfg.scaling)[0].flatten(2).any(2)  # (b, concepts)
+            seen = torch.maximum(s.A * (formed & found)[..., None, None], memory * seen)
             assert torch.equal(s.A_acted, seen)
             assert torch.equal(s.S, scale_map(seen, [cfg.scaling])[:, 0])
         ever = torch.stack([s.guided for s in steps]).any(0)
@@ -294,20 +296,27 @@ def test_memory(random_model, tokens):
             assert torch.equal(steps[-1].x[k], plain[-1].x[k]) == (not ever[k])
 
 
-def test_a_map_that_fills_the_frame_is_not_remembered():
-    """It says nothing (Algorithm 1), so it must not hide what is seen afterwards; what was seen before it stays."""
-    cfg, A = DAGConfig(memory=0.9), grid("##....", "##....", "......")
-    full = torch.full_like(A, 0.3)
-    stack = torch.stack([A, full])  # two concepts, or images
-    assert torch.equal(remember(stack, torch.zeros(()), cfg), torch.stack([A, torch.zeros_like(A)]))
-    assert torch.equal(remember(full, A, cfg), 0.9 * A)
-    acted = [torch.zeros(())]
-    for own in (full, full, A, full):
-        acted.append(remember(own, acted[-1], cfg))
-    assert torch.allclose(torch.stack(acted[1:]), torch.stack([0 * A, 0 * A, A, 0.9 * A]))
-    assert (strength(acted[-1], EAGER) > 0).any()
+def test_a_map_in_which_nothing_is_found_is_not_remembered():
+    """One that fills the frame (Algorithm 1) or has specks only; it must not hide or grow what is seen otherwise."""
+    small = Scaling(min_area=3 / 18)
+    cfg, A = DAGConfig(memory=0.9, scaling=small), grid("##....", "##....", "......")
+    full, speck = torch.full_like(A, 0.3), grid("......", ".....#", ".....#")
+
+    def after(*maps):
+        acted = torch.zeros(())
+        for own in maps:
+            acted = remember(own[None, None], acted, cfg, [small])
+        return acted[0, 0]
+
+    assert torch.equal(after(full, speck, full), 0 * A)
+    assert torch.equal(after(speck, grid("....##", "......", "......")), 0 * A)  # together they would be an object
+    assert torch.equal(after(full, A), A) and torch.allclose(after(A, full, speck), 0.81 * A)
+    assert (strength(after(A, full), small) > 0).any()
+    two = torch.stack([A, speck])[None]  # (1, 2, H, W), each concept by its own smallest area
+    assert torch.equal(remember(two, torch.zeros(()), cfg, [small, small])[0], torch.stack([A, 0 * A]))
+    assert torch.equal(remember(two, torch.zeros(()), cfg, [small, Scaling()])[0], torch.stack([A, speck]))
     without = DAGConfig(scaling=Scaling(area_gain=None))  # no Algorithm 1, no such rule
-    assert torch.equal(remember(full, A, without), full)
+    assert torch.equal(remember(two, torch.zeros(()), without, [small, small]), two)
 
 
 def test_same_start_with_any_guidance(random_model, tokens):
@@ -549,7 +558,7 @@ def test_heun_looks_ahead_on_a_copy(random_model, tokens):
     cfg = DAGConfig(warmup=0, memory=0.5)
     steps, seen = run(random_model, DAG(tokens, cfg=cfg), solver=heun), torch.zeros(())
     for s in steps:
-        seen = remember(s.A, seen, cfg)
+        seen = remember(s.A, seen, cfg, [cfg.scaling])
         assert torch.equal(s.A_acted, seen) and (s.unet_rows >= 4).all()
     assert any((s.unet_rows > 4).any() for s in steps)
 
