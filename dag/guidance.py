@@ -196,14 +196,17 @@ class DAG(Guidance):
 def remember(A: Tensor, before: Tensor, cfg: DAGConfig, scalings: list[Scaling]) -> Tensor:
     """The larger of this step's maps A (b, concepts, H, W) and the previous ones, decayed: what a step acts on.
 
-    A map in which Algorithm 1 finds nothing to guide, because no object is large enough or because it covers at least
-    the share `full` of the frame, is not remembered either: specks of several steps must not add up to an object.
+    A map that covers at least the share `full` of the frame is ignored (Algorithm 1), so it is not remembered either.
+    Nor is one that together with what was remembered shows no object large enough: specks of several steps must not
+    add up to one. An object that shrinks while it turns stays, as long as something of it is seen.
     """
-    if cfg.scaling.area_gain is not None:  # else there is no Algorithm 1
-        found = [objects(A[:, k], one)[0].flatten(1).any(1) for k, one in enumerate(scalings)]  # (b,) each
-        formed = (cfg.scaling.edit <= A).float().mean((2, 3)) < cfg.scaling.full  # (b, concepts)
-        A = A * (torch.stack(found, 1) & formed)[..., None, None]  # (b, concepts, H, W)
-    return torch.maximum(A, cfg.memory * before)
+    faded = cfg.memory * before
+    if cfg.scaling.area_gain is None:  # no Algorithm 1
+        return torch.maximum(A, faded)
+    formed = (cfg.scaling.edit <= A).float().mean((2, 3), keepdim=True) < cfg.scaling.full  # (b, concepts, 1, 1)
+    both = torch.maximum(A * formed, faded)  # (b, concepts, H, W)
+    found = [objects(both[:, k], one)[0].flatten(1).any(1) for k, one in enumerate(scalings)]  # (b,) each
+    return torch.where(torch.stack(found, 1)[..., None, None], both, faded)
 
 
 def top_mask(x: Tensor, share: float) -> Tensor:
