@@ -76,7 +76,7 @@ def default_out(args: argparse.Namespace) -> Path:
     name = f"{args.ckpt.name}.{slug(args.concept)}.safetensors"
     if os.access(args.ckpt.parent, os.W_OK):
         return args.ckpt.with_name(name)
-    warn(f"{args.ckpt.parent}: cannot be written to; tokens go to {Path('out', name)}, pass them as --tokens")
+    warn(f"{args.ckpt.parent}: cannot be written to; the tokens go to {Path('out', name)}, pass them as --tokens")
     return Path("out", name)
 
 

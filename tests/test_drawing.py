@@ -26,7 +26,7 @@ def drawing(*maps: torch.Tensor, guided=None, cfg=CFG, concepts=("a red circle",
     A = A[:, None] if A.ndim == 3 else A
     acted = [torch.zeros(())]
     for own in A:
-        acted.append(remember(own, acted[-1], cfg))
+        acted.append(remember(own[None], acted[-1], cfg, [cfg.scaling] * len(own))[0])
     guided = [False] * len(A) if guided is None else guided
     image, rows = Image.new("RGB", (32, 32), (200, 10, 10)), 2 * len(A) + sum(guided)
     known = tuple(tokens(c) for c in concepts)
