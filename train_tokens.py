@@ -83,7 +83,7 @@ def default_out(args: argparse.Namespace) -> Path:
 def checked(args: argparse.Namespace) -> None:
     """Fill in the defaults that depend on others. Raises UsageError for options that do not go together."""
     args.out = default_out(args) if args.out is None else args.out
-    if args.out.is_dir() or args.out.suffix == ".png":
+    if args.out.is_dir():
         raise UsageError(f"--out {args.out}: expected the name of a token file, such as tokens.safetensors")
     if args.concept is None and args.ckpt is not None and args.tokens is None:
         raise UsageError(
@@ -104,6 +104,11 @@ def checked(args: argparse.Namespace) -> None:
     sam = ("detector_model", "segmenter_model", "label", "not_label")
     if args.annotator != "grounded-sam" and (useless := [name for name in sam if getattr(args, name) is not None]):
         raise UsageError(f"{option(useless[0])}: is of --annotator grounded-sam; leave it out, or name that annotator")
+    if args.out.suffix != ".safetensors":  # the pictures' folder has the name without it
+        raise UsageError(f"--out {args.out}: expected a name that ends in .safetensors")
+    for name in ("ckpt", "tokens"):
+        if (own := getattr(args, name)) is not None and own.resolve() == args.out.resolve():
+            raise UsageError(f"--out {args.out}: is the file of --{name}; expected another name")
 
 
 def run(args: argparse.Namespace) -> int:

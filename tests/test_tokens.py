@@ -308,9 +308,12 @@ def test_few_pictures_are_left_out_one_by_one(tmp_path, capsys, monkeypatch):
 
 
 def test_cli_refuses_a_name_that_is_no_file(tmp_path, capsys):
-    for name in (str(tmp_path), str(tmp_path / "sheet.png")):
-        assert train_tokens.main(["--out", name]) == 2
-        assert "expected the name of a token file" in capsys.readouterr().err
+    (tmp_path / "m.safetensors").write_text("a model")
+    for name in (str(tmp_path), str(tmp_path / "sheet.png"), str(tmp_path / "m.safetensors")):
+        argv = ["--ckpt", str(tmp_path / "m.safetensors"), "--concept", "a red circle", "--out", name]
+        assert train_tokens.main(argv) == 2
+        assert f"--out {name}: " in capsys.readouterr().err
+    assert (tmp_path / "m.safetensors").read_text() == "a model"
 
 
 def test_cli_follows_trajectories_only_if_they_draw_the_pictures(tmp_path, capsys):
@@ -466,7 +469,8 @@ def test_a_folder_keeps_what_was_saved(tmp_path, shapes):
 def test_cli_refuses_constants_where_there_are_none(tmp_path, tokens, capsys):
     tokens.save(tmp_path / "t")
     for argv in (["--recipe", "paper"], ["--tokens", str(tmp_path / "t")]):
-        assert train_tokens.main([*argv, "--normalisation", "fitted", "--out", str(tmp_path / "out")]) == 2
+        out = str(tmp_path / "out.safetensors")
+        assert train_tokens.main([*argv, "--normalisation", "fitted", "--out", out]) == 2
         assert "expected joint or map" in capsys.readouterr().err
 
 
