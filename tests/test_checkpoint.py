@@ -221,15 +221,18 @@ def test_only_what_is_kept_is_read(entries, tmp_path):
 
 MIDDLE = replace(SHAPES, unet=replace(SHAPES.unet, model_channels=64))  # large enough to weigh: 147 MB
 MEMORY = """
-import sys, torch, dag.model
+import ctypes, sys, torch, dag.model
 from tests.files import resident
 from tests.test_checkpoint import MIDDLE
 dtype = getattr(torch, sys.argv[2])
 dag.load(dtype=dtype)  # what is allocated once in a process
 dag.model.SHAPES = MIDDLE
+trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)  # glibc may keep what was freed; not so what is measured
+trim(0)
 before = resident()
 sd = dag.load(sys.argv[1], dtype=dtype)
 assert sum(p.sum().item() for p in sd.parameters()) != 0
+trim(0)
 print(resident() - before, sum(p.nbytes for p in sd.parameters()))
 """
 
@@ -243,7 +246,7 @@ def test_memory(write, dtype, tmp_path):
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, kept = map(int, done.stdout.split())
-    assert 0.5 * kept <= grown <= 1.15 * kept  # some of it may go where freed memory was
+    assert 0.5 * kept <= grown <= 1.4 * kept  # the file has 2 times and more; memory freed before may serve again
 
 
 # --- what must not
