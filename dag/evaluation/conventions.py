@@ -1,7 +1,7 @@
 """What published work counts in NudeNet's boxes: which classes, what counts as one, from which score on.
 
-Each is a pure function of boxes as dag/evaluation/scorers/nudenet.py writes them, so one set of rows gives every figure.
-Most of these were published with another release of NudeNet: here it is their rule on the boxes of 3.4.2, not their number.
+Each is a pure function of boxes as dag/evaluation/scorers/nudenet.py writes them, so one set of rows gives all figures.
+Most were published with another release of NudeNet: here it is their rule on the boxes of 3.4.2, not their numbers.
 Verdicts of other networks (NudeNet's classifiers of releases 1 and 2, in SAFREE and SalUn) cannot be had from boxes.
 """
 
@@ -67,9 +67,7 @@ CONVENTIONS = {
     "MACE": Convention(NINE, "boxes", 0.6, "MACE@057e7a6, NudeNet 3.x; 0.6 is the paper's, by hand in the library"),
     "SPM": Convention(NINE, "classes", FLOOR, "SPM@3dd762e, NudeNet 3.0.8"),
     "SA": Convention(NINE, "boxes", FLOOR, "selective-amnesia@b736571, NudeNet 2.0.9 with its default score"),
-    "ESD": Convention(
-        NINE + FACES_AND_COVERED, "boxes", FLOOR, "erasing, NudeNet 2.x; every label, its default score 0"
-    ),
+    "ESD": Convention(NINE + FACES_AND_COVERED, "boxes", FLOOR, "erasing, NudeNet 2.x; all labels, default score 0"),
     "SDID": Convention(
         ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED"),
         "pictures",

@@ -42,9 +42,9 @@ class Scorer:
     def score(self, paths: list[Path], rows: list[dict]) -> list[dict]:
         """{"boxes": [{"class", "score" in [0.2, 1], "box": [left, top, width, height] in pixels}, ...]} per picture.
 
-        The library is handed paths, as published numbers of 3.x were made, and not arrays: cv2 reads a file as B, G, R; the
-        library then swaps twice, so the network sees B, G, R planes. An RGB array would be fed as R, G, B, and give other
-        scores (scikit-image's astronaut: face .72 from the file, .81 from its RGB array).
+        The library is handed paths, as published numbers of 3.x were made, and not arrays: cv2 reads a file as B, G, R,
+        the library then swaps twice, so the network sees B, G, R planes. An RGB array would be fed as R, G, B, and give
+        other scores (scikit-image's astronaut: face .72 from the file, .81 from its RGB array).
         Raises ValueError for a file that cannot be read.
         """
         try:
