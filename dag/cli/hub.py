@@ -11,7 +11,8 @@ import torch
 import dag.text  # noqa: F401  before transformers, which would take our folder `kernels` for the Hugging Face package
 from weights.checkpoint import sha256
 
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, logging  # isort: skip
+from transformers import AutoConfig, AutoProcessor, logging  # isort: skip
+from transformers.utils.hub import cached_file, extract_commit_hash  # isort: skip
 
 logging.set_verbosity_error()  # it warns of every image processor that works without torchvision
 if not sys.stderr.isatty():
@@ -52,10 +53,10 @@ def open_model(
     return model.eval().to(device), processor
 
 
-def identity(name: str | Path, config: PreTrainedConfig) -> dict:
-    """What tells which network it is: a folder's name and the hash of its weights, or the hub's name and revision."""
+def identity(name: str | Path) -> dict:
+    """What tells which network was opened: a folder's name and its weights' hashes, or the hub's name and revision."""
     if not Path(name).is_dir():
-        return {"model": str(name), "revision": config._commit_hash}
+        return {"model": str(name), "revision": extract_commit_hash(cached_file(name, "config.json"), None)}
     files = sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin"))
     return {"model": Path(name).resolve().name, "sha256": {file.name: sha256(file) for file in files}}
 

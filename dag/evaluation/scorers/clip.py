@@ -32,7 +32,7 @@ class Scorer:
             self.model, self.processor = open_model(args.clip_model, ("clip",), transformers.CLIPModel, device)
         except ValueError as e:
             raise UsageError(f"--clip-model {e}") from e
-        self.settings = identity(args.clip_model, self.model.config) | {
+        self.settings = identity(args.clip_model) | {
             "transformers": transformers.__version__,
             "image processor": type(self.processor.image_processor).__name__,  # with torchvision another one, see docs
         }

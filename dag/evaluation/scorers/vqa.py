@@ -1,8 +1,8 @@
 """VQAScore (Lin et al. 2024): how sure a model that sees the picture is that it shows the prompt.
 
-CLIP-FlanT5, the paper's, is rebuilt here on today's transformers, as t2v-metrics 3.0 ran it; that package needs releases
-of torch and transformers that nothing else does. Any other image-text model of transformers is asked the same question
-in its own chat format. Values of two models do not compare, so the model stands in the settings.
+CLIP-FlanT5, the paper's, is rebuilt here on today's transformers, as t2v-metrics 3.0 ran it; that package needs old
+releases of torch and transformers. Any other image-text model of transformers is asked the same question in its own
+chat format. Values of two models do not compare, so the model stands in the settings.
 """
 
 import argparse
@@ -54,8 +54,8 @@ class Scorer:
             self.model = kind(args.vqa_model, config, device, dtype)
         except ValueError as e:
             raise UsageError(f"--vqa-model {e}") from e
-        self.settings = identity(args.vqa_model, self.model.config) | {
-            "kind": self.model.config.model_type,
+        self.settings = identity(args.vqa_model) | {
+            "kind": config["model_type"],
             "question": QUESTION,
             "value": kind.VALUE,
             "vqa_sg": self.safe,
@@ -75,7 +75,7 @@ class Scorer:
 
 
 class FlanT5:
-    """CLIP-FlanT5: patches of CLIP's last layer but one, through two linear layers, stand among FlanT5's word embeddings.
+    """CLIP-FlanT5: patches of CLIP's last layer but one, through two linear layers, stand among FlanT5's words.
 
     name: folder or hub name with config.json and the weights in the published layout: T5's names, `mm_projector.`,
     `vision_tower.vision_tower.`; the tokenizer is in the folder too, or is TOKENIZER. Raises ValueError.
@@ -96,12 +96,11 @@ class FlanT5:
         with readable(f"{name}: its tokenizer cannot be read", needed):
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder) if own else TOKENIZER)
         tensors = Tensors(folder)
-        self.config = T5Config.from_dict(config | {"model_type": "t5"})
-        self.config.model_type = "clip_t5"
+        cfg = T5Config.from_dict(config | {"model_type": "t5"})
         with torch.device("meta"):  # it has no buffers; three thousand million random numbers would be drawn first
-            self.t5 = T5ForConditionalGeneration(self.config)
+            self.t5 = T5ForConditionalGeneration(cfg)
         self.vision = CLIPVisionModel(CLIPVisionConfig(**tensors.vision()))
-        wide, out = self.vision.config.hidden_size, self.config.d_model
+        wide, out = self.vision.config.hidden_size, cfg.d_model
         self.projector = nn.Sequential(nn.Linear(wide, out), nn.GELU(), nn.Linear(out, out))
         for module, prefix in ((self.t5, ""), (self.vision, tensors.tower), (self.projector, "mm_projector.")):
             state = {key: tensors(prefix + key, t.shape, dtype) for key, t in module.state_dict().items()}
@@ -120,15 +119,18 @@ class FlanT5:
         after = [torch.tensor(ids(f"\n{question} ASSISTANT: ").input_ids) for question in questions]
         after = pad_sequence(after, batch_first=True, padding_value=ids.pad_token_id).to(device)  # (b, n)
         labels = torch.tensor(ids(ANSWER).input_ids, device=device).expand(len(questions), -1)  # (b, 2): Yes, end
+        start = torch.full_like(labels[:, :1], ids.pad_token_id)  # T5's decoder starts with a pad
+        given = torch.cat([start, labels[:, :-1]], 1)  # (b, 2)
         words = self.t5.get_input_embeddings()
         with torch.no_grad():
             seen = self.vision(self.pixels(pictures).to(device, dtype), output_hidden_states=True).hidden_states[-2]
             patches = self.projector(seen[:, 1:])  # (b, patches + 1, c_vision) -> (b, patches, c)
-            start = words(before).expand(len(questions), -1, -1)  # (b, m, c)
-            embeds = torch.cat([start, patches, words(after)], 1)  # (b, m + patches + n, c)
+            prefix = words(before).expand(len(questions), -1, -1)  # (b, m, c)
+            embeds = torch.cat([prefix, patches, words(after)], 1)  # (b, m + patches + n, c)
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=device)  # (b, m + patches + n)
             mask[:, -after.shape[1] :] = after != ids.pad_token_id
-            logits = self.t5(inputs_embeds=embeds, attention_mask=mask, labels=labels).logits  # (b, 2, vocabulary)
+            inputs = {"inputs_embeds": embeds, "attention_mask": mask, "decoder_input_ids": given}
+            logits = self.t5(**inputs).logits  # (b, 2, vocabulary)
         logits = logits[..., : len(ids)]  # T5 has rows without tokens; t2v-metrics cuts them off
         told = logits.float().log_softmax(-1).gather(2, labels[..., None])  # (b, 2, 1)
         return told.mean((1, 2)).exp().tolist()
@@ -222,9 +224,8 @@ class ImageText:
         from ...cli.hub import open_model
 
         self.network, self.processor = open_model(name, KINDS, AutoModelForImageTextToText, device, dtype)
-        self.config = self.network.config
         if not getattr(self.processor, "chat_template", None):
-            found = f"{name}: a {self.config.model_type} without a chat format"
+            found = f"{name}: a {config['model_type']} without a chat format"
             raise ValueError(f"{found}; expected a model made for instructions, such as LLaVA, Qwen-VL or SmolVLM")
         self.processor.tokenizer.padding_side = "left"  # so that the answer follows the last token of every row
 
