@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -255,7 +256,7 @@ def test_fid_s_features_are_torch_fidelity_s(tmp_path, pictures, monkeypatch):
     found = scorer.score(pictures, ROWS)
     told = {"cuda": False, "batch_size": 1, "feature_extractor_weights_path": str(tmp_path / "random.pth")}
     network = kind("its own", ["2048"], **told)
-    expected = [network(torch.from_numpy(np.asarray(Image.open(p))).permute(2, 0, 1)[None])[0][0] for p in pictures]
+    expected = [network(torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1)[None])[0][0] for p in pictures]
     run = SimpleNamespace(folder=tmp_path)
     assert np.array_equal(fid.features_of(run, found), torch.stack(expected).numpy())
     (tmp_path / "other.pth").write_bytes(b"text")
@@ -310,6 +311,21 @@ def test_clip_is_the_cosine_of_both_embeddings(clip_folder, pictures):
     assert scorer.settings["model"] == clip_folder.name and len(scorer.settings["sha256"]["model.safetensors"]) == 64
 
 
+def test_a_name_on_the_hub_and_its_revision(clip_folder, pictures, tmp_path, monkeypatch):
+    """As it lies in the hub's cache; the tests have no network."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    kept = tmp_path / "models--someone--small-clip"
+    shutil.copytree(clip_folder, kept / "snapshots" / revision)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    scorer = clip.Scorer(options(clip, "--clip-model", "someone/small-clip"))
+    assert (scorer.settings["model"], scorer.settings["revision"]) == ("someone/small-clip", revision)
+    assert scorer.score(pictures, ROWS) == clip.Scorer(options(clip, "--clip-model", str(clip_folder))).score(
+        pictures, ROWS
+    )
+
+
 @pytest.mark.parametrize("module, option", [(clip, "--clip-model"), (vqa, "--vqa-model")], ids=["clip", "vqa"])
 @pytest.mark.parametrize("name", ["nobody/nothing", "./nothing", "empty"])
 def test_models_that_cannot_be_had_are_one_line(module, option, name, tmp_path):
@@ -349,7 +365,7 @@ def flant5(tmp_path_factory) -> Path:
         )
     )  # fmt: skip
     projector = torch.nn.Sequential(torch.nn.Linear(128, 32), torch.nn.GELU(), torch.nn.Linear(32, 32))
-    t5.lm_head.weight.data *= 0.01  # no answer is certain
+    t5.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn(t5.lm_head.weight.shape))  # FlanT5's is not tied
     first = {key: value for key, value in t5.state_dict().items() if "embed_tokens" not in key}
     second = {f"vision_tower.vision_tower.vision_model.{key}": value for key, value in vision.state_dict().items()}
     second |= {f"mm_projector.{key}": value for key, value in projector.state_dict().items()}
@@ -373,7 +389,7 @@ def by_hand(folder: Path, path: Path, text: str) -> float:
     picture = Image.open(path)
     square = Image.new("RGB", (max(picture.size),) * 2, (122, 116, 104))  # 255 times CLIP's mean, cut to integers
     square.paste(picture, tuple((max(picture.size) - side) // 2 for side in picture.size))
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
     pixels = images(square, return_tensors="pt").pixel_values
     question = f'Does this figure show "{text}"? Please answer yes or no.'
     chunks = [torch.tensor([ids(chunk).input_ids]) for chunk in (f"{vqa.SYSTEM} USER: ", f"\n{question} ASSISTANT: ")]
