@@ -215,6 +215,8 @@ def test_fid_from_pictures_to_the_figure(small, tmp_path, capsys):
     for told in ("inception-v3-compat of torch-fidelity 0.4.0", "real: 10 pictures", "of 10 pictures, fewer than 2048"):
         assert told in guided["note"]
 
+    assert fid.figure(run, none[:1], args) | {"note": ""} == {"FID real": None, "FID SD1.4": None, "n": 1, "note": ""}
+
     alone = SimpleNamespace(folder=tmp_path, scorers={"fid": RECIPE}, scores=lambda name: some | others)
     assert fid.figure(alone, first + second, argparse.Namespace(fid_real=None, fid_base=None))["FID SD1.4"] is None
     other = SimpleNamespace(folder=tmp_path, scorers={"fid": RECIPE | {"sha256": "9876543210"}}, scores=run.scores)

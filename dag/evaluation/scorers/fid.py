@@ -149,13 +149,15 @@ def features_of(run, scores: list[dict]):
 
 
 def figure(run, rows: list[dict], args: argparse.Namespace) -> dict:
-    """Both FIDs of the pictures of one set and method, None where there is nothing to compare with.
+    """Both FIDs of the pictures of one set and method, None where there is nothing to compare or to compare with.
 
     run: a dag.evaluation.ledger.Run; rows: its rows of these pictures, with those of `fid` merged in.
     Returns {"FID real", "FID SD1.4", "n", "note"}. Raises ValueError, UsageError.
     """
     recipe, found = run.scorers["fid"], {"FID real": None, "FID SD1.4": None}
     notes = [f"{recipe['network']} of torch-fidelity {recipe['torch-fidelity']}, weights {recipe['sha256'][:8]}"]
+    if len(rows) < 2:
+        return found | {"n": len(rows), "note": "a single picture has no covariance, so no FID"}
     own = moments(features_of(run, rows))
     if args.fid_real:
         mean, root, count, made = reference(args.fid_real)
@@ -170,7 +172,7 @@ def figure(run, rows: list[dict], args: argparse.Namespace) -> dict:
         agree(args.fid_base, base.scorers.get("fid"), recipe)
     begin = f"{rows[0]['set']}/"
     unguided = [s for key, s in base.scores("fid").items() if key.startswith(begin) and key.endswith("/none")]
-    if unguided:
+    if len(unguided) > 1:
         found["FID SD1.4"] = frechet(own, moments(features_of(base, unguided)))
         notes.append(f"SD1.4: {len(unguided)} pictures")
     if len(rows) < FEW:
