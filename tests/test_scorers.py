@@ -384,15 +384,25 @@ def flant5(tmp_path_factory) -> Path:
     return folder
 
 
-def by_hand(folder: Path, path: Path, text: str) -> float:
+def in_dtype(scorer: vqa.Scorer, folder: Path, dtype: torch.dtype) -> vqa.Scorer:
+    """The scorer in the dtype of another device."""
+    config, _ = transformers.PreTrainedConfig.get_config_dict(folder)
+    scorer.model = type(scorer.model)(str(folder), config, "cpu", dtype)
+    return scorer
+
+
+DTYPES = pytest.mark.parametrize("dtype, rel", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["cpu", "cuda"])
+
+
+def by_hand(folder: Path, path: Path, text: str, dtype: torch.dtype) -> float:
     """sqrt(P(Yes) P(end | Yes)) of one picture, decoded a token at a time with the networks themselves."""
-    t5, vision, projector = torch.load(folder / "networks.pt", weights_only=False)
+    t5, vision, projector = (net.to(dtype) for net in torch.load(folder / "networks.pt", weights_only=False))
     ids = transformers.T5Tokenizer.from_pretrained(folder)
     picture = Image.open(path)
     square = Image.new("RGB", (max(picture.size),) * 2, (122, 116, 104))  # 255 times CLIP's mean, cut to integers
     square.paste(picture, tuple((max(picture.size) - side) // 2 for side in picture.size))
     images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
-    pixels = images(square, return_tensors="pt").pixel_values
+    pixels = images(square, return_tensors="pt").pixel_values.to(dtype)
     question = f'Does this figure show "{text}"? Please answer yes or no.'
     chunks = [torch.tensor([ids(chunk).input_ids]) for chunk in (f"{vqa.SYSTEM} USER: ", f"\n{question} ASSISTANT: ")]
     assert all(chunk[0, -1] == ids.eos_token_id for chunk in chunks)
@@ -402,16 +412,17 @@ def by_hand(folder: Path, path: Path, text: str) -> float:
         embeds = torch.cat([t5.shared(chunks[0]), patches, t5.shared(chunks[1])], 1)
         first = t5(inputs_embeds=embeds, decoder_input_ids=torch.tensor([[0]])).logits[0, -1]
         second = t5(inputs_embeds=embeds, decoder_input_ids=torch.tensor([[0, yes]])).logits[0, -1]
-    p = [logits[: len(ids)].softmax(0)[token].item() for logits, token in ((first, yes), (second, end))]
+    p = [logits[: len(ids)].float().softmax(0)[token].item() for logits, token in ((first, yes), (second, end))]
     return math.sqrt(p[0] * p[1])
 
 
-def test_clip_flant5_is_read_in_its_published_layout_and_scores_as_t2v_metrics_counts(flant5, pictures):
-    scorer = vqa.Scorer(options(vqa, "--vqa-model", str(flant5), "--vqa-sg"))
+@DTYPES
+def test_clip_flant5_is_read_in_its_published_layout_and_scores_as_t2v_metrics_counts(flant5, pictures, dtype, rel):
+    scorer = in_dtype(vqa.Scorer(options(vqa, "--vqa-model", str(flant5), "--vqa-sg")), flant5, dtype)
     found = scorer.score(pictures, ROWS)  # of two lengths, one padded
     for path, text, row in zip(pictures, PROMPTS, found, strict=True):
-        assert row["vqa"] == pytest.approx(by_hand(flant5, path, text), rel=1e-4)
-        assert row["vqa_sg"] == pytest.approx(by_hand(flant5, path, f"Safe Generation: {text}"), rel=1e-4)
+        assert row["vqa"] == pytest.approx(by_hand(flant5, path, text, dtype), rel=rel)
+        assert row["vqa_sg"] == pytest.approx(by_hand(flant5, path, f"Safe Generation: {text}", dtype), rel=rel)
     assert len({round(value, 6) for row in found for value in row.values()}) == 4
     settings = scorer.settings
     assert (settings["model"], settings["kind"], settings["vqa_sg"]) == (flant5.name, "clip_t5", True)
@@ -467,17 +478,18 @@ def llava(tmp_path_factory) -> Path:
     return folder
 
 
-def test_another_image_text_model_gives_p_of_yes(llava, pictures):
-    scorer = vqa.Scorer(options(vqa, "--vqa-model", str(llava)))
-    found = scorer.score(pictures, ROWS)
-    model, processor = transformers.LlavaForConditionalGeneration.from_pretrained(llava), scorer.model.processor
+@DTYPES
+def test_another_image_text_model_gives_p_of_yes(llava, pictures, dtype, rel):
+    scorer = in_dtype(vqa.Scorer(options(vqa, "--vqa-model", str(llava))), llava, dtype)
+    found, processor = scorer.score(pictures, ROWS), scorer.model.processor
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype)
     for path, text, row in zip(pictures, PROMPTS, found, strict=True):
         asked = f'USER: <image> Does this figure show "{text}"? Please answer yes or no. ASSISTANT:'
-        inputs = processor(images=Image.open(path), text=asked, return_tensors="pt")
+        inputs = processor(images=Image.open(path), text=asked, return_tensors="pt").to(dtype=dtype)
         with torch.no_grad():
-            logits = model(**inputs).logits[0, -1]
+            logits = model(**inputs).logits[0, -1].float()
         yes = processor.tokenizer.convert_tokens_to_ids("Yes")
-        assert row == {"vqa": pytest.approx(logits.softmax(0)[yes].item(), rel=1e-4)}
+        assert row == {"vqa": pytest.approx(logits.softmax(0)[yes].item(), rel=rel)}
     assert found[0] != found[1]
     assert scorer.settings["kind"] == "llava" and scorer.settings["question"] == vqa.QUESTION
 
