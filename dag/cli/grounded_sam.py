@@ -4,39 +4,24 @@ The paper leaves hair and face out of a person's mask. Neither network knows neg
 away afterwards.
 """
 
-import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-import dag.text  # noqa: F401  before transformers, which would take our folder `kernels` for the Hugging Face package
-
 from .annotations import progress
+from .hub import open_model, readable
 from .pictures import to_pil
 
-from transformers import (  # isort: skip
-    AutoConfig,
-    AutoModelForMaskGeneration,
-    AutoModelForZeroShotObjectDetection,
-    AutoProcessor,
-    logging,
-)
-
-logging.set_verbosity_error()  # it warns of every image processor that works without torchvision
-if not sys.stderr.isatty():
-    logging.disable_progress_bar()
+from transformers import AutoModelForMaskGeneration, AutoModelForZeroShotObjectDetection  # isort: skip  after .hub
 
 DETECTOR, SEGMENTER = "IDEA-Research/grounding-dino-base", "facebook/sam-vit-huge"
 DETECTORS = ("grounding-dino", "mm-grounding-dino", "owlv2")  # in config.json; their processors take the same call
 SEGMENTERS = ("sam",)  # the later ones have other processors
 SCORE = 0.3  # of a box to be kept, as in MACE (Lu et al. 2024), which erases concepts with the same two networks
 AT_ONCE = 8  # boxes to segment; each needs 32 MB
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class GroundedSAM:
@@ -119,35 +104,3 @@ def cleaned(label: str) -> str:
     if not kept or "." in kept:
         raise ValueError(f"label '{label}': expected one thing to look for, without a period in it, such as 'a person'")
     return kept
-
-
-def open_model(name: str | Path, kinds: tuple[str, ...], auto: type, device: str | torch.device) -> tuple:
-    """A network and its processor, from a folder or the hub. Nothing in the files is executed. Raises ValueError."""
-    safe, weights = {"trust_remote_code": False}, {"use_safetensors": True, "dtype": torch.float32}
-    own, needed = "its", f"config, processor and model.safetensors of {' or '.join(kinds)}"
-    if not Path(name).is_dir():
-        if not HUB_NAME.fullmatch(str(name)):
-            raise ValueError(f"{name}: no such folder; expected one with {needed}; download it first")
-        own = "no such folder, and on the hub its"
-        needed += "; download it where there is a network (hf download NAME --local-dir DIR) and pass DIR"
-    with readable(f"{name}: {own} config cannot be read", needed):
-        kind = AutoConfig.from_pretrained(name, **safe).model_type
-    if kind not in kinds:
-        raise ValueError(f"{name}: is a model of the kind {kind}; expected {needed}")
-    with readable(f"{name}: {own} processor cannot be read", needed):
-        processor = AutoProcessor.from_pretrained(name, **safe)
-    with readable(f"{name}: {own} weights cannot be read", needed):
-        model, told = auto.from_pretrained(name, output_loading_info=True, **weights, **safe)
-    if lost := sorted(told["missing_keys"]):  # they would be random
-        raise ValueError(f"{name}: weights are missing, {len(lost)}, such as {lost[0]}; download the model again")
-    return model.eval().to(device), processor
-
-
-@contextmanager
-def readable(found: str, expected: str) -> Iterator[None]:
-    """Whatever a library raises inside, and they raise many kinds, becomes a ValueError of one line."""
-    try:
-        yield
-    except Exception as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
-        raise ValueError(f"{found} ({reason}); expected {expected}") from e

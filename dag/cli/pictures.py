@@ -27,6 +27,15 @@ def from_pil(picture: Image.Image) -> Tensor:
     return u8.permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, height, width)
 
 
+def opened(path: Path) -> Image.Image:
+    """A picture file in RGB. Raises ValueError for one that cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError) as e:  # Pillow raises both
+        raise ValueError(f"{path}: cannot be read as a picture ({e}); expected a complete PNG or JPEG") from e
+
+
 def overlay(picture: Image.Image, A: Tensor) -> Image.Image:
     """A map A (H, W) in [0, 1] over a greyed picture: orange where it is high, A = 0.5 drawn as a line."""
     small = Image.fromarray((A.float().cpu().numpy() * 255).round().astype(np.uint8))
