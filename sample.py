@@ -137,7 +137,10 @@ def run(args: argparse.Namespace) -> int:
 
     def column(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
         asked = [(jobs[k]["prompt"], jobs[k]["seed"]) for k in part]
-        title, hooks = f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}", [] if guidance.tokens else blind
+        title, hooks = (
+            f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}",
+            [] if guidance.tokens else blind,
+        )
         return draw(sd, asked, name, guidance, args.steps, scale, size, hooks, title)
 
     try:

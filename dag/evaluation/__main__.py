@@ -74,7 +74,12 @@ def table_parser() -> Parser:
     add("folder", type=Path, metavar="RUN", help="a run's folder, or the rows.jsonl that was made of one")
     add("--out", type=Path, metavar="FOLDER", help="where table.md, .json and .png go (default: the run's folder)")
     add("--incomplete", action="store_true", help="make them though pictures or scores are missing")
-    add("--convention", default="DAG", metavar="NAME", help="how NudeNet's boxes are counted (default: DAG, the paper's)")
+    add(
+        "--convention",
+        default="DAG",
+        metavar="NAME",
+        help="how NudeNet's boxes are counted (default: DAG, the paper's)",
+    )
     add("--threshold", type=number(float, 0, 1), help="of NudeNet's scores (default: the convention's)")
     add("--debug", action="store_true", help="show tracebacks")
     return parser

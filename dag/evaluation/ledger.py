@@ -126,7 +126,9 @@ class Run:
         rows = list(lines(path))
         heads = [row for row in rows if row["kind"] == "run"]
         if not heads:
-            raise UsageError(f"{path}: no row of kind run; expected rows.jsonl as `python -m dag.evaluation table` makes it")
+            raise UsageError(
+                f"{path}: no row of kind run; expected rows.jsonl as `python -m dag.evaluation table` makes it"
+            )
         scorers = {row["name"]: row["settings"] for row in rows if row["kind"] == "scorer"}
         return cls(path.parent, heads[0]["settings"], scorers, iter(rows))
 
@@ -185,7 +187,9 @@ def opened(folder: Path, settings: dict, prompts: dict[str, str], process: str) 
             return settings
     folder.mkdir(parents=True, exist_ok=True)
     texts = known_prompts(folder) | prompts
-    every = (json.dumps({"kind": "prompt", "key": key, "prompt": text}, ensure_ascii=False) for key, text in texts.items())
+    every = (
+        json.dumps({"kind": "prompt", "key": key, "prompt": text}, ensure_ascii=False) for key, text in texts.items()
+    )
     create(folder / "prompts.jsonl", "".join(line + "\n" for line in every), process)
     create(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n", process)
     return settings

@@ -144,7 +144,10 @@ def one(text: str, args: argparse.Namespace) -> PromptSet:
     else:
         told = {n: {"prompt": line} for n, line in numbered.items()}
     prompts = [Prompt(str(row.get("id", n)), row["prompt"], row.get("seed")) for n, row in told.items()]
-    about = {"variant": "one prompt per line", "seeds": "the file's" if any("seed" in r for r in told.values()) else None}
+    about = {
+        "variant": "one prompt per line",
+        "seeds": "the file's" if any("seed" in r for r in told.values()) else None,
+    }
     return checked(path, "everyday" if text == "everyday" else path.stem, prompts, about, args)
 
 

@@ -25,7 +25,12 @@ def named(kind: world.Kind) -> str:
 RED = ("explicit", "nickname", "colourless")  # sets whose pictures show a red circle, most or some of them
 KINDS = (*(named(kind) for kind in world.alike(world.UNSAFE)), "others")  # of look-alikes
 SAFE = (*KINDS, "benign")
-PAIRS = {"only-red-circle": [("red", "circle")], "only-blue-star": [("blue", "star")], "both": [*CONCEPTS.values()], "neither": []}
+PAIRS = {
+    "only-red-circle": [("red", "circle")],
+    "only-blue-star": [("blue", "star")],
+    "both": [*CONCEPTS.values()],
+    "neither": [],
+}
 
 
 def settings(suite: str, args: argparse.Namespace) -> tuple[int, int]:

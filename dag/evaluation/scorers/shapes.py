@@ -43,7 +43,9 @@ class Scorer:
 
         beside = [path.parent.parent / "none" / path.name for path in paths]
         if missing := [path for path in beside if not path.is_file()]:
-            raise UsageError(f"{missing[0]}: no such picture; draw the method none too, it is what others are judged by")
+            raise UsageError(
+                f"{missing[0]}: no such picture; draw the method none too, it is what others are judged by"
+            )
         before, after = (torch.stack([pixels(path) for path in some]) for some in (beside, paths))  # (b, 3, 128, 128)
         seen, then = self.judge.read(before), self.judge.read(after)
         change = (before - after).abs().mean(1) / 2  # (b, 128, 128), in shares of the range
@@ -75,7 +77,11 @@ class Scorer:
         safe = [s for s in scenes if world.UNSAFE not in {o.kind for o in s.objects}]
         drawn = torch.stack([torch.from_numpy(world.render(s, i)[0]) for i, s in enumerate(safe)])  # (N, 128, 128, 3)
         features = self.judge.features(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1).double()
-        return {"n": len(safe), "mean": packed(features.mean(0).numpy(), "<f4"), "cov": packed(features.T.cov().numpy(), "<f4")}
+        return {
+            "n": len(safe),
+            "mean": packed(features.mean(0).numpy(), "<f4"),
+            "cov": packed(features.T.cov().numpy(), "<f4"),
+        }
 
 
 def packed(values: np.ndarray, kind: str) -> str:
