@@ -4,7 +4,7 @@
   python -m dag.evaluation score out/run --scorers nudenet
   python -m dag.evaluation table out/run
 
-Each command takes up what an earlier start has left; torchrun or srun before draw and score divides them among processes.
+Each command takes up what an earlier start has left; torchrun or srun before draw and score divides the work.
 `draw --help` and so on tell each one's options, docs/evaluation.md has the paper's evaluation, command by command.
 """
 

@@ -1,8 +1,9 @@
 """Drawing a run: which batches are missing, which of them are this process's, and a row for each picture.
 
-A set's pictures are divided into batches once, whatever has been drawn and however many processes there are; the batches
-of all methods and sets, in order, go to the processes in turn. What a batch is drawn with is then the same in every run,
-and so are its pictures. A batch of which something is missing is drawn whole, and only the missing rows are written.
+A set's pictures are divided into batches once, whatever has been drawn and however many processes there are; the
+batches of all methods and sets, in order, go to the processes in turn. What a picture is drawn beside is then the same
+in every run, and so is the picture. A batch of which something is missing is drawn whole, and only the missing rows are
+written.
 """
 
 import argparse
@@ -39,7 +40,8 @@ from .prompts import Prompt, PromptSet
 
 Batch = tuple[str, PromptSet, list[tuple[Prompt, int]]]  # method, set, (prompt, number of its picture)
 SUITE_METHODS = {  # drawn by default
-    "shapes": "none,negative,sld-weak,sld-medium,sld-strong,sld-max,sega,dag,dag-sld,dag-no-area,dag-no-magnitude,dag-joint",
+    "shapes": "none,negative,sld-weak,sld-medium,sld-strong,sld-max,sega,dag,dag-sld,dag-no-area,dag-no-magnitude,"
+    "dag-joint",
     "concepts": "none,dag", None: "none,dag",
 }  # fmt: skip
 SUITE_TOKENS = {"shapes": ("red-circle",), "concepts": ("red-circle", "blue-star")}

@@ -7,9 +7,9 @@
   rows/SCORER.json             a scorer's settings
   rows/SCORER-PROCESS.jsonl    a row per picture
 
-Each process that ever ran has files of its own, to which it only appends, a line at a time. So none waits for another, and
-whatever stops one leaves at most its last line torn. Readers take all files together. `Run.gather` puts them into one
-file, and `Run.read` takes that in the folder's place. Nothing here waits for torch.
+Each process that ever ran has files of its own, to which it only appends, a line at a time. So none waits for another,
+and whatever stops one leaves at most its last line torn. Readers take all files together. `Run.gather` puts them into
+one file, and `Run.read` takes that in the folder's place. Nothing here waits for torch.
 """
 
 import json
@@ -168,7 +168,8 @@ def opened(folder: Path, settings: dict, prompts: dict[str, str], process: str) 
     """Start a run or take one up: write run.json and prompts.jsonl where something new stands in them.
 
     settings: under the keys of MERGED, tables that add to those of an earlier start; everything else must be as it was.
-    prompts: text by "set/id". Returns the settings of the whole run. Raises UsageError where an earlier start had others.
+    prompts: text by "set/id". Returns the settings of the whole run. Raises UsageError where an earlier start had
+    others.
     """
     path, settings = folder / "run.json", json.loads(json.dumps({"format": FORMAT} | settings))
     if path.exists():
@@ -179,9 +180,8 @@ def opened(folder: Path, settings: dict, prompts: dict[str, str], process: str) 
             pairs += [(f"{part[:-1]} {name}", settings[part][name], then[part][name]) for name in sorted(both)]
         for name, now, before in pairs:
             if now != before:
-                raise UsageError(
-                    f"{path} was made with {name} {shown(before)}, now it is {shown(now)}; expected the same, or another folder"
-                )
+                found = f"{path} was made with {name} {shown(before)}, now it is {shown(now)}"
+                raise UsageError(f"{found}; expected the same, or another folder")
         settings = then | {part: then[part] | settings[part] for part in MERGED}
         if settings == then:
             return settings

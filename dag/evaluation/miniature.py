@@ -174,8 +174,8 @@ def two_concepts(found: dict[str, dict[str, list[Pair]]], steps: int) -> Table:
 def plot(run: Run, path: Path) -> str | None:
     """Erase rate of all sets together against two prices: change outside the red circle, and look-alikes lost.
 
-    The grey line is the Pareto front. Settings of one method are joined in the order of their strength. Returns why there
-    is no picture, if there is none.
+    The grey line is the Pareto front. Settings of one method are joined in the order of their strength. Returns why
+    there is no picture, if there is none.
     """
     found, steps = pairs(run), run.settings["steps"]
     if set(run.settings["sets"]) <= PAIRS.keys():

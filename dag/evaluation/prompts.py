@@ -1,6 +1,6 @@
 """Prompt sets, read from files as their authors publish them. Nothing here waits for torch.
 
-  i2p=FILE.csv            I2P, as its authors publish it or with the seeds of the unlearning papers; --i2p sexual: 931 rows
+  i2p=FILE.csv            I2P, as its authors publish it or with the unlearning papers' seeds; --i2p sexual: 931 rows
   ring-a-bell=FILE.csv    its repository's CSVs, or SAFREE's copy
   mma=FILE.csv            MMA-Diffusion; --mma says which of its columns
   coco=FILE.csv           captions as coco_30k.csv and coco_10k.csv; 1,000 of them, drawn with --coco-seed
@@ -8,8 +8,8 @@
   everyday                24 mild captions that come along
   shapes, concepts        the miniature's (dag/evaluation/shapes.py)
 
-A CSV's own seeds and guidance scales are used where it has them. Of these sets only the last three come with the project:
-the others are gated, or explicit.
+A CSV's own seeds and guidance scales are used where it has them. Of these sets only the last three come with the
+project: the others are gated, or explicit.
 """
 
 import argparse
@@ -88,7 +88,7 @@ VARIANTS = {
     ),
     "mma": (
         Variant("adversarial prompts", ("target_prompt", "adv_prompt"), text="adv_prompt"),
-        Variant("sanitized adversarial prompts", ("target_prompt", "sanitized_adv_prompt"), text="sanitized_adv_prompt"),
+        Variant("sanitized ones", ("target_prompt", "sanitized_adv_prompt"), text="sanitized_adv_prompt"),
     ),
     "coco": (
         *(_seeded(f"by {column}", column, lacks=_OTHER) for column in ("coco_id", "image_id", "source")),
@@ -214,7 +214,7 @@ def checked(path: Path, name: str, prompts: list[Prompt], about: dict, args: arg
 
 
 def records(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns of a CSV file, and its rows with the line each ends on. Raises ValueError for rows of other lengths."""
+    """The columns of a CSV file, and its rows with the line each ends on. Raises ValueError for what is none."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dag.cli.parsing import UsageError, warn
+from dag.cli.parsing import UsageError
 
 from . import ledger
 from .__main__ import scorer

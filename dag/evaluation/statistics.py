@@ -58,8 +58,8 @@ def written(cell: Cell) -> str:
 def estimate(statistic: Callable[[np.ndarray], np.ndarray], prompts: dict, columns: int) -> Figure | None:
     """A figure of all pictures with its interval over prompts, by the bootstrap; None where it has no value.
 
-    prompts: by prompt, rows of `columns` numbers, one row per picture. statistic: from their sums (..., columns) to (...).
-    Prompts are drawn with replacement, all pictures of one together; the draw is always the same.
+    prompts: by prompt, rows of `columns` numbers, one row per picture. statistic: from their sums (..., columns) to
+    (...). Prompts are drawn with replacement, all pictures of one together; the draw is always the same.
     """
     if not prompts:
         return None
@@ -91,7 +91,7 @@ def total(values: Iterable[tuple[str, float]]) -> Figure | None:
 
 
 def erase_rate(values: Iterable[tuple[str, float, float]]) -> Figure | None:
-    """1 - counted / counted without defence, of (prompt, without, with), one per picture; None where nothing was counted."""
+    """1 - counted / counted without defence, of (prompt, without, with), one per picture; None of nothing."""
     prompts: dict[str, list] = {}
     for prompt, without, counted in values:
         prompts.setdefault(prompt, []).append((without, counted))

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections import Counter
-from pathlib import Path
 
 from dag.cli.parsing import UsageError, warn
 from weights.files import atomic_write

@@ -1,9 +1,9 @@
 """The miniature's judge: what a picture shows, and what became of the red circle of the unguided picture beside it.
 
-A row has `seen`, the kinds the judge reads; `erased`, for each concept that the unguided picture shows and this one does
-not: whether a proper thing stands in its place (`clean`), and the mean absolute change outside of all concepts as a share
-of the range (`outside`); `features`, what the judge reads the kinds from, for the sets without a red circle; `iou`, of an
-unguided picture's maps with the judge's mask, the mean over the steps after warm-up.
+A row has `seen`, the kinds the judge reads; `erased`, for each concept that the unguided picture shows and this one
+does not: whether a proper thing stands in its place (`clean`), and the mean absolute change outside of all concepts as a
+share of the range (`outside`); `features`, what the judge reads the kinds from, for the sets without a red circle; `iou`,
+of an unguided picture's maps with the judge's mask, the mean over the steps after warm-up.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def clean(picture, place, reading: dict) -> bool:
 
     Every pixel there belongs to an object the judge reads or else to the ground, and must have the colour of it: an
     object's own, lit or shaded by any factor from 0.45 to 1.3, or the ground's mean colour outside. True if 80 % of the
-    pixels are within 0.12 of the range. picture: (3, height, width) in [-1, 1]; reading: the judge's masks of it by kind.
+    pixels are within 0.12 of the range. picture: (3, height, width) in [-1, 1]; reading: the judge's masks of it.
     """
     import torch
 
