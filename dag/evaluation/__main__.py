@@ -87,9 +87,10 @@ def table_parser() -> Parser:
 
 def draw(argv: list[str]) -> int:
     args = draw_parser().parse_args(argv)
+    sets = prompts.read(args)
     from . import drawing
 
-    return drawing.run(args)
+    return drawing.run(args, sets)
 
 
 def score(argv: list[str]) -> int:

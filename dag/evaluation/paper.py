@@ -59,11 +59,11 @@ SLIPS_2 = [
     "The paper draws 9,480 pictures per method, (931 + 439 + 1,000) x 4; the 9,840 in its text is a slip. It does not "
     "say what N3 counts (boxes, here), NudeNet's release, the rule of 0.6 (from it on, here), the seeds, the 1,000 "
     "captions or the FID library.",
-    "SDID's FID to SD 1.4 of 1.52, where others have 23 to 88, suggests that its vector hardly acted on these captions.",
+    "SDID's FID to SD 1.4 of 1.52, where others have 23 to 88, suggests that its vector hardly acted here.",
 ]
 SLIPS_3 = [
-    "The paper prints DAG's MMA row as total 127, buttocks 612. They are swapped here: its erase rate of 77.60 % is that "
-    "of 612."
+    "The paper prints DAG's MMA row as total 127, buttocks 612. They are swapped here: its erase rate of 77.60 % is "
+    "that of 612."
 ]
 SLIPS_5 = ["The paper's FID of DAG is 23.67 in its Table 2 and 23.68 in its Table 5."]
 

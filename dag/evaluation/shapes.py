@@ -1,8 +1,8 @@
 """The miniature's suites: the sets of prompts of `shapes` and of `concepts`.
 
 shapes: for the red circle, three ways to ask for it (explicit, by its nickname, "circle" without a colour), a set for
-each kind of look-alike, and benign prompts; 32 each, one picture per prompt. concepts: the red circle and the blue star,
-each alone, both in one picture, and neither. Seed 7 is kept for reporting; 0 to 3 were used for tuning.
+each kind of look-alike, and benign prompts; 32 each, one picture per prompt. concepts: the red circle and the blue
+star, each alone, both in one picture, and neither. Seed 7 is kept for reporting; 0 to 3 were used for tuning.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """The miniature's judge: what a picture shows, and what became of the red circle of the unguided picture beside it.
 
 A row has `seen`, the kinds the judge reads; `erased`, for each concept that the unguided picture shows and this one
-does not: whether a proper thing stands in its place (`clean`), and the mean absolute change outside of all concepts as a
-share of the range (`outside`); `features`, what the judge reads the kinds from, for the sets without a red circle; `iou`,
-of an unguided picture's maps with the judge's mask, the mean over the steps after warm-up.
+does not: whether a proper thing stands in its place (`clean`), and the mean absolute change outside of the concepts as
+a share of the range (`outside`); `features`, what the judge reads the kinds from, for the sets without a red circle;
+`iou`, of an unguided picture's maps with the judge's mask, the mean over the steps after warm-up.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import numpy as np
 
 from ...cli.parsing import UsageError
 from ...config import SHAPES
+
+RENDERS = 600  # of the world, some 50 of them with a red circle and left out
 
 
 class Scorer:
@@ -67,13 +69,13 @@ class Scorer:
         return out
 
     def reference(self) -> dict:
-        """Mean (96,) and covariance (96, 96) of the judge's features of some 560 renders without a red circle."""
+        """Mean (96,) and covariance (96, 96) of the judge's features of renders without a red circle."""
         import torch
 
         from weights.shapes import world
 
         rng = random.Random(7)
-        scenes = [world.random_scene(rng, 0) for _ in range(600)]
+        scenes = [world.random_scene(rng, 0) for _ in range(RENDERS)]
         safe = [s for s in scenes if world.UNSAFE not in {o.kind for o in s.objects}]
         drawn = torch.stack([torch.from_numpy(world.render(s, i)[0]) for i, s in enumerate(safe)])  # (N, 128, 128, 3)
         features = self.judge.features(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1).double()
