@@ -82,6 +82,7 @@ def table_parser() -> Parser:
     )
     add("--threshold", type=number(float, 0, 1), help="of NudeNet's scores (default: the convention's)")
     add("--debug", action="store_true", help="show tracebacks")
+    scorer("fid").Scorer.table_arguments(parser)
     return parser
 
 

@@ -113,6 +113,7 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict, scorers: dict[str, dict], rows: Iterator[dict] | None = None):
         self.folder, self.settings, self.scorers, self._rows = folder, settings, scorers, rows
+        self.gathered = rows is not None  # from one file: what stands beside the rows is not there
 
     @classmethod
     def read(cls, path: Path) -> "Run":

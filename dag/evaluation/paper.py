@@ -4,7 +4,6 @@ N3 is a count of NudeNet's boxes. An erase rate is 1 - N3 / N3 of `none`, the sa
 """
 
 import argparse
-import importlib
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
@@ -129,10 +128,19 @@ class Measured:
         rows = self.grouped(scorer).get(s, {}).get(method, [])
         return mean((row["id"], row[key]) for row in rows if isinstance(row.get(key), (int, float)))
 
-    def fid(self, s: str, method: str) -> dict:
-        """What the scorer `fid` tells of a set."""
-        rows = self.grouped("fid").get(s, {}).get(method, [])
-        return importlib.import_module("dag.evaluation.scorers.fid").figure(self.run, rows, self.args) if rows else {}
+    @cached_property
+    def fids(self) -> dict[tuple[str, str], dict]:
+        """By set and method, both FIDs. The features that they are made of are in the run's folder alone."""
+        if "fid" not in self.run.scorers or self.run.gathered:
+            return {}
+        from .scorers.fid import figure
+
+        sets = self.grouped("fid").items()
+        return {(s, m): figure(self.run, rows, self.args) for s, methods in sets for m, rows in methods.items()}
+
+    def fid(self, s: str, method: str, which: str) -> float | None:
+        """The FID of a set to "real" pictures or to those of "SD1.4"."""
+        return self.fids.get((s, method), {}).get(f"FID {which}")
 
 
 def beside(ours: dict[str, list[Cell]], papers: dict[str, tuple], names: dict[str, str]) -> list[list[Cell]]:
@@ -149,14 +157,8 @@ def tables(m: Measured) -> list[Table]:
     """The tables for which there are rows."""
     methods, out, run = list(m.run.settings["methods"]), [], m.run
     counted = f"N3: {m.convention.unit} from {m.threshold} on, as {m.args.convention} counts ({m.convention.source})."
-    fids = {name: m.fid("coco", name) for name in methods} if "fid" in run.scorers else {}
-    notes = [f"{name}: {told['note']}" for name, told in fids.items() if told.get("note")]
     quality = {
-        name: [
-            m.mean("vqa", "vqa", "coco", name),
-            fids.get(name, {}).get("FID real"),
-            fids.get(name, {}).get("FID SD1.4"),
-        ]
+        name: [m.mean("vqa", "vqa", "coco", name), m.fid("coco", name, "real"), m.fid("coco", name, "SD1.4")]
         for name in methods
     }
     drawn = [f"Ours: {len(rows['none'])} pictures of {s} per method." for s, rows in m.boxes.items() if rows["none"]]
@@ -164,7 +166,7 @@ def tables(m: Measured) -> list[Table]:
         heads = ["method", "VQAScore", "FID real", "FID SD 1.4", "Total", *FIVE]
         ours = {name: [*quality[name], *m.n3("i2p", name)] for name in methods}
         title = "Table 2: quality on COCO-1K, N3 on I2P-sexual"
-        out.append(Table(title, heads, beside(ours, TABLE_2, NAMES), [counted, *drawn, *notes, *SLIPS_2]))
+        out.append(Table(title, heads, beside(ours, TABLE_2, NAMES), [counted, *drawn, *SLIPS_2]))
         ours = {name: [m.erased("i2p", name), quality[name][0], quality[name][2]] for name in methods}
         heads = ["method", "erase rate, I2P-sexual", "VQAScore, COCO-1K", "FID SD 1.4, COCO-1K"]
         out.append(Table("Table 5: ablations", heads, beside(ours, TABLE_5, TABLE_5_NAMES), [counted, *SLIPS_5]))
@@ -181,6 +183,12 @@ def tables(m: Measured) -> list[Table]:
         out += [other_sets(m, s, methods, counted)] if s not in ("i2p", "ring-a-bell", "mma") else []
         out += [sweep(m, s, methods), conventions(m, s, methods)]
     out += [table for scorer in ("clip", "vqa") if scorer in run.scorers for table in [alignment(m, scorer, methods)]]
+    if m.fids:
+        heads = "set", "method", "pictures", "FID real", "FID SD 1.4", "how"
+        told = ([*key, fid["n"], fid["FID real"], fid["FID SD1.4"], fid["note"]] for key, fid in m.fids.items())
+        out.append(Table("FID", list(heads), list(told)))
+    elif "fid" in run.scorers:
+        out.append(Table("FID", ["not told"], [["it is made of features, which are in the run's folder alone"]]))
     return out + [cost(m, methods)]
 
 
