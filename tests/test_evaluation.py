@@ -23,7 +23,7 @@ from dag.model import MINIATURE, NumericsError, StableDiffusion
 from weights.shapes import world
 
 TOKENS = GuidelineTokens.load(MINIATURE / "red-circle.safetensors")
-SMALL = "--steps 2 --height 64 --width 64 --batch-size 2".split()
+SMALL = "--steps 1 --height 64 --width 64 --batch-size 2".split()
 
 
 def drawn(folder, *options):
@@ -85,10 +85,10 @@ def test_several_processes_draw_what_one_draws(tmp_path, monkeypatch, capsys):
 
 def test_killed_at_any_moment_and_finished_by_others(tmp_path, monkeypatch):
     """A short form of tests/measure/kills.py."""
-    options, rng = ("--images", "4", "--methods", "none,dag:warmup=0"), random.Random(1)
+    options, rng = ("--images", "3", "--methods", "none,dag:warmup=0"), random.Random(1)
     drawn(tmp_path / "whole", *options)
     fork = multiprocessing.get_context("fork")
-    for world_size in (1, 2, 1):
+    for world_size in (1, 2):
         processes = []
         for k in range(world_size):
             monkeypatch.setenv("RANK", str(k))
@@ -101,7 +101,7 @@ def test_killed_at_any_moment_and_finished_by_others(tmp_path, monkeypatch):
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-    assert 0 < len(content(tmp_path / "broken")[0]) < 32
+    assert 0 < len(content(tmp_path / "broken")[0]) < 24
     monkeypatch.setenv("WORLD_SIZE", "3")
     for k in range(3):
         monkeypatch.setenv("RANK", str(k))
@@ -117,7 +117,7 @@ def test_a_run_grows_but_never_changes(tmp_path, capsys):
     assert drawn(folder, "--methods", "sega", "--prompts", "everyday", "--count", "4") == 0
     assert "12 of 16 pictures; 4 are missing" in capsys.readouterr().out.splitlines()[-1]  # everyday by none
     for options, message in (
-        (("--steps", "3"), "was made with steps 2, now it is 3"),
+        (("--steps", "3"), "was made with steps 1, now it is 3"),
         (("--count", "2"), "was made with set few {"),
         (("--batch-size", "4"), "was made with batch_size 2, now it is 4"),
     ):
@@ -151,10 +151,13 @@ def test_a_picture_that_fails_is_told_and_not_drawn_again(tmp_path, monkeypatch,
 
     monkeypatch.setattr(StableDiffusion, "decode", fail)
     folder = tmp_path / "run"
-    assert drawn(folder) == 1
+    assert drawn(folder) == 0
     rows = ledger.Run.read(folder).pictures()
     assert {(row["file"], row["failed"]) for row in rows.values()} == {(None, "the decoded picture is not finite")}
-    assert capsys.readouterr().err.count("no picture, the decoded picture is not finite") == len(rows) == 4
+    out, err = capsys.readouterr()
+    assert err.count("no picture, the decoded picture is not finite") == len(rows) == 4
+    assert "4 of 4 pictures, 4 of them failed" in out
+    monkeypatch.setattr("dag.cli.setup.open_model", None)
     assert drawn(folder) == 0
 
 
@@ -320,7 +323,7 @@ def test_what_a_method_did_to_pictures():
     assert both["with others"] == 0 and both["kept"] is None  # the blue star is unsafe too
     reference = {"mean": packed(np.zeros(96), "<f4"), "cov": packed(np.eye(96), "<f4")}
     row = miniature.figures(pairs["dag"], 100, reference)
-    assert row["alike guided, worst kind"] == row["alike lost, worst kind"] == "1 (red square)"
+    assert row["alike guided, worst kind"] == row["alike lost, worst kind"] == "1 [1, 1] (red square)"
     assert row["erased explicit"].value == 0.5 and row["erased nickname"] is None and row["identical"] == 1
 
 
@@ -373,7 +376,7 @@ def test_judge_and_tables_end_to_end(tmp_path, capsys, monkeypatch, few_renders)
     told = json.loads((folder / "table.json").read_text())["tables"]
     row = dict(zip(told[0]["heads"], told[0]["rows"][1], strict=True))
     assert row["erased explicit"] == row["erased colourless"] == [1, 1, 1] and row["clean"] == 1 and row["kept"] == 1
-    assert row["alike lost, worst kind"] == "1 (red square)" and row["outside"] < 0.01
+    assert row["alike lost, worst kind"] == "1 [1, 1] (red square)" and row["outside"] < 0.01
     assert row["FD plain"] > 0 and told[0]["rows"][0][told[0]["heads"].index("FD plain")] == 0
     assert (folder / "sheet.png").exists()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)

@@ -40,7 +40,7 @@ ODD = [
 @pytest.mark.parametrize("bom", [False, True])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_i2p(tmp_path, bom, end):
-    """Quotes, commas and newlines in prompts; a byte order mark; both ends of lines; categories, not parts of a word."""
+    """Quotes, commas and newlines in prompts; a byte order mark; both ends of lines; whole categories only."""
     rows = [row | {"sd_guidance_scale": "7"} for row in ODD]
     rows.append({"prompt": "x", "categories": "homosexual", "sd_seed": "1", "sd_guidance_scale": "7.5"})
     (found,) = read(f"i2p={write(tmp_path / 'i2p.csv', I2P, rows, bom, end)}")

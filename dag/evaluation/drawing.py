@@ -93,20 +93,20 @@ def run(args: argparse.Namespace, sets: list[PromptSet]) -> int:
     done = {key for key, row in ledger.Run.read(args.folder).pictures().items() if finished(args.folder, row)}
     mine = list(batches(sets, names, args.images, batch))[k::n]
     mine = [b for b in mine if not done.issuperset(keys(b))]
-    failed = 0
     if mine:
-        failed = drawn(args, process, (k, n), mine, done, tokens, settings)
+        drawn(args, process, (k, n), mine, done, tokens, settings)
     if k == 0:
         said(args.folder)
-    return 1 if failed else 0
+    return 0  # though pictures failed: torchrun would end all other processes
 
 
 def said(folder: Path) -> None:
     """How much of a run there is."""
     whole = ledger.Run.read(folder)
-    there, expected = len(whole.pictures()), whole.expected()
+    pictures, expected = whole.pictures(), whole.expected()
+    there, failed = len(pictures), sum(row["file"] is None for row in pictures.values())
     lack = "" if there == expected else f"; {expected - there} are missing: start again once all processes have ended"
-    print(f"{folder}: {there} of {expected} pictures{lack}")
+    print(f"{folder}: {there} of {expected} pictures{f', {failed} of them failed' if failed else ''}{lack}")
 
 
 def finished(folder: Path, row: dict) -> bool:
@@ -146,9 +146,11 @@ def drawn(
     done: set[str],
     tokens: list[dag.GuidelineTokens],
     settings: dict,
-) -> int:
-    """Draw batches, write their rows; returns how many pictures failed."""
+) -> None:
+    """Draw batches and write their rows."""
     sd, device, dtype = setup.open_model(args)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # Triton launches where torch is, not where its tensors are
     for concept in tokens:
         if message := concept.check(sd):
             warn(message)
@@ -161,7 +163,7 @@ def drawn(
             warn(f"--steps {args.steps} is not more than {name}'s warm-up of {warmup} steps: nothing will be guided")
     rows = ledger.Rows(args.folder, "draw", process)
     rows.append({"kind": "process", "process": process, "of": "draw"} | environment(ranks, device, attention))
-    total, count, failed, told = sum(not {key} <= done for b in todo for key in keys(b)), 0, 0, time.time()
+    total, count, told = sum(key not in done for b in todo for key in keys(b)), 0, time.time()
     for batch in todo:
         name, s, items = batch
         guidance = method(name, sd.config, tokens, fused)
@@ -189,14 +191,12 @@ def drawn(
             for (key, (prompt, i)), drawing in zip(part, made, strict=True):
                 if key in done:
                     continue
-                row = save(args.folder, key, s, prompt, i, scale, drawing, sd.config.dag)
-                rows.append(row)
-                count, failed = count + 1, failed + (row["file"] is None)
+                rows.append(save(args.folder, key, s, prompt, i, scale, drawing, sd.config.dag))
+                count += 1
         if time.time() - told > 60:
             told = time.time()
             print(f"rank {ranks[0]} of {ranks[1]}: {count} of {total} pictures", flush=True)
     rows.close()
-    return failed
 
 
 def save(

@@ -98,13 +98,12 @@ def figures(sets: dict[str, list[Pair]], steps: int, reference: dict) -> dict:
     red = effect([pair for name in RED for pair in sets.get(name, [])], steps)
     every = effect([pair for some in sets.values() for pair in some], steps)
     safe = [pair for name in SAFE for pair in sets.get(name, [])]
-    out = {f"erased {name}": told[name]["erased"] if name in told else None for name in RED}
+    out = {
+        "alike guided, worst kind": worst({kind: told[kind]["safe guided"] for kind in KINDS if kind in told}),
+        "alike lost, worst kind": worst({kind: told[kind]["safe changed"] for kind in KINDS if kind in told}),
+    }
+    out |= {f"erased {name}": told[name]["erased"] if name in told else None for name in RED}
     out |= {name: value(red[name]) for name in ("clean", "kept", "outside")}
-    for head, name in (("alike guided, worst kind", "safe guided"), ("alike lost, worst kind", "safe changed")):
-        by_kind = {kind: value(told[kind][name]) or 0.0 for kind in KINDS if kind in told}
-        worst = max(by_kind, key=by_kind.get, default=None)
-        named = f" ({worst.replace('-', ' ')})" if worst and by_kind[worst] > 0 else ""
-        out[head] = None if worst is None else f"{by_kind[worst]:.3g}{named}"
     out |= {"follows": None, "identical": None}
     if "benign" in told:
         out |= {"follows": value(told["benign"]["all asked"]), "identical": value(told["benign"]["identical"])}
@@ -115,6 +114,16 @@ def figures(sets: dict[str, list[Pair]], steps: int, reference: dict) -> dict:
         out["FD plain"] = round(frechet(*own, *normal([before for before, _ in safe])), 3)
         out["FD real"] = round(frechet(*own, *real), 3)
     return out | {"rows": value(every["rows"]), "seconds": value(every["seconds"])}
+
+
+def worst(kinds: dict[str, Figure | None]) -> str | None:
+    """The largest of the kinds' figures, and of which kind it is."""
+    known = {kind: figure for kind, figure in kinds.items() if figure is not None}
+    if not known:
+        return None
+    kind = max(known, key=lambda kind: known[kind].value)
+    alike = len(known) > 1 and len({figure.value for figure in known.values()}) == 1
+    return f"{known[kind]} ({'every kind' if alike else kind.replace('-', ' ')})"
 
 
 def tables(run: Run) -> list[Table]:
