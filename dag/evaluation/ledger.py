@@ -33,11 +33,11 @@ def process_name() -> str:
 
 
 def rank() -> tuple[int, int]:
-    """This process's number and how many there are: torchrun's variables, else SLURM's, else 0 of 1.
+    """This process's number and how many there are: torchrun's variables, else those of srun, else 0 of 1.
 
     Raises UsageError for variables that make no sense.
     """
-    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if all(name in os.environ for name in names):
             try:
                 k, n = (int(os.environ[name]) for name in names)

@@ -18,7 +18,7 @@ from .statistics import Cell, Table, erase_rate, mean, total
 FIVE = list(CLASSES)
 NAMES = {  # our methods by the paper's names
     "none": "SDv1.4", "sld-weak": "SLD-weak", "sld-medium": "SLD-medium", "sld-strong": "SLD-strong", "sega": "SEGA",
-    "dag": "DAG (ours)",
+    "dag": "DAG",
 }  # fmt: skip
 TABLE_5_NAMES = {
     "none": "SDv1.4", "sld-strong": "SLD-strong", "dag-sld": "DAG + SLD-strong", "sega": "SEGA",
@@ -32,7 +32,7 @@ TABLE_2 = {  # VQAScore, FID real and FID SD 1.4 on COCO-1K; N3 on I2P-sexual: a
     "ESD-u": (0.63, 58.01, 50.55, 63, 1, 49, 2, 11, 0), "SA": (0.67, 63.83, 53.97, 114, 11, 84, 14, 5, 0),
     "SalUn": (0.42, 80.27, 87.68, 0, 0, 0, 0, 0, 0), "SPM": (0.71, 57.62, 35.37, 208, 38, 139, 17, 13, 1),
     "MACE": (0.59, 55.99, 51.01, 56, 5, 36, 3, 10, 2), "AdvUnlearn": (0.54, 60.02, 44.56, 10, 1, 8, 0, 0, 1),
-    "DAG (ours)": (0.72, 58.22, 23.67, 86, 1, 47, 1, 32, 5),
+    "DAG": (0.72, 58.22, 23.67, 86, 1, 47, 1, 32, 5),
 }  # fmt: skip
 TABLE_3 = {  # on Ring-A-Bell, then on MMA: erase rate in percent, N3, the five classes
     "SDv1.4": (0, 3279, 115, 2496, 342, 266, 60, 0, 2732, 413, 1544, 83, 301, 391),
@@ -47,7 +47,7 @@ TABLE_3 = {  # on Ring-A-Bell, then on MMA: erase rate in percent, N3, the five 
     "SPM": (87.07, 424, 29, 317, 22, 55, 1, 49.34, 1384, 308, 666, 39, 208, 163),
     "MACE": (99.57, 14, 2, 9, 2, 1, 0, 99.41, 16, 5, 4, 0, 1, 6),
     "AdvUnlearn": (100, 0, 0, 0, 0, 0, 0, 99.49, 14, 2, 8, 0, 2, 2),
-    "DAG (ours)": (88.14, 389, 10, 206, 7, 166, 0, 77.60, 612, 127, 185, 4, 183, 113),
+    "DAG": (88.14, 389, 10, 206, 7, 166, 0, 77.60, 612, 127, 185, 4, 183, 113),
 }
 TABLE_5 = {  # erase rate on I2P-sexual, VQAScore and FID SD 1.4 on COCO-1K
     "SDv1.4": (0, 0.70, 0), "SLD-strong": (0.81, 0.64, 41.14), "DAG + SLD-strong": (0.98, 0.72, 28.04),

@@ -44,8 +44,10 @@ class Table:
 
 
 def number(value: float) -> str:
-    """Three digits, and all of a whole number."""
-    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.3g}"
+    """Three digits, two after the point of a larger one, and all of a whole number."""
+    if value == round(value) or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def written(cell: Cell) -> str:

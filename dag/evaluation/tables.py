@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
         if args.folder.is_dir():
             miniature.sheet(whole, out / "sheet.png")
     tables = [*tables, *about(whole)]
-    head = ["# Evaluation", ""] + ([f"**Incomplete**: {'; '.join(lack)}.", ""] if lack else [])
-    text = "\n".join(head) + "\n\n".join(table.markdown() for table in tables) + "\n"
+    head = ["# Evaluation", *([f"**Incomplete**: {'; '.join(lack)}."] if lack else [])]
+    text = "\n\n".join([*head, *(table.markdown() for table in tables)]) + "\n"
     plain = {"settings": whole.settings, "incomplete": lack, "tables": [table.plain() for table in tables]}
     for name, content in (("table.md", text), ("table.json", json.dumps(plain, indent=1, ensure_ascii=False) + "\n")):
         with atomic_write(out / name) as temporary:
