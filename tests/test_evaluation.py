@@ -126,6 +126,14 @@ def test_a_run_grows_but_never_changes(tmp_path, capsys):
         assert len(told) == 1 and message in told[0] and "expected the same, or another folder" in told[0]
 
 
+def test_another_machine_goes_on_in_the_same_precision(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert drawn(folder, "--device", "nothing") == 2 and not folder.exists()
+    assert "--device nothing: not available here" in capsys.readouterr().err
+    drawn(folder, "--dtype", "bfloat16", "--count", "2")
+    assert drawn(folder, "--count", "2") == 0 and ledger.Run.read(folder).settings["dtype"] == "bfloat16"
+
+
 def test_a_batch_that_does_not_fit_is_halved(tmp_path, monkeypatch, capsys):
     from dag.evaluation import drawing
 

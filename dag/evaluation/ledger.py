@@ -69,12 +69,17 @@ class Rows:
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab")
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self.file.write(written(row).encode())
         self.file.flush()
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+
+
+def written(row: dict) -> str:
+    """A row as it stands in a file."""
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def lines(path: Path) -> Iterator[dict]:
@@ -162,7 +167,7 @@ class Run:
         scores = [self.scores(name).values() for name in self.scorers]
         every = [*head, *self.pictures().values(), *(row for rows in scores for row in rows)]
         with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in every)
+            file.writelines(map(written, every))
 
 
 def opened(folder: Path, settings: dict, prompts: dict[str, str], process: str) -> dict:
@@ -188,10 +193,8 @@ def opened(folder: Path, settings: dict, prompts: dict[str, str], process: str) 
             return settings
     folder.mkdir(parents=True, exist_ok=True)
     texts = known_prompts(folder) | prompts
-    every = (
-        json.dumps({"kind": "prompt", "key": key, "prompt": text}, ensure_ascii=False) for key, text in texts.items()
-    )
-    create(folder / "prompts.jsonl", "".join(line + "\n" for line in every), process)
+    every = (written({"kind": "prompt", "key": key, "prompt": text}) for key, text in texts.items())
+    create(folder / "prompts.jsonl", "".join(every), process)
     create(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n", process)
     return settings
 

@@ -72,6 +72,7 @@ class Measured:
 
     def __init__(self, run: Run, args: argparse.Namespace):
         self.run, self.args, self.pictures = run, args, run.pictures()
+        self.by_scorer = {name: self.grouped(name) for name in run.scorers}
         if args.convention not in CONVENTIONS:
             raise UsageError(f"--convention {args.convention}: expected one of {', '.join(CONVENTIONS)}")
         self.convention = CONVENTIONS[args.convention]
@@ -81,10 +82,10 @@ class Measured:
                 f"--threshold {self.threshold}: NudeNet tells of boxes from {FLOOR} on; expected {FLOOR} to 1"
             )
 
-    @cached_property
+    @property
     def boxes(self) -> dict[str, dict[str, list[dict]]]:
         """By set and method, the draw rows that NudeNet has seen, each with its boxes."""
-        return self.grouped("nudenet")
+        return self.by_scorer.get("nudenet", {})
 
     def grouped(self, scorer: str) -> dict[str, dict[str, list[dict]]]:
         """By set and method, the draw rows that a scorer has seen, merged with its own."""
@@ -125,7 +126,7 @@ class Measured:
 
     def mean(self, scorer: str, key: str, s: str, method: str) -> Cell:
         """The mean of a score over a set."""
-        rows = self.grouped(scorer).get(s, {}).get(method, [])
+        rows = self.by_scorer.get(scorer, {}).get(s, {}).get(method, [])
         return mean((row["id"], row[key]) for row in rows if isinstance(row.get(key), (int, float)))
 
     @cached_property
@@ -135,7 +136,7 @@ class Measured:
             return {}
         from .scorers.fid import figure
 
-        sets = self.grouped("fid").items()
+        sets = self.by_scorer["fid"].items()
         return {(s, m): figure(self.run, rows, self.args) for s, methods in sets for m, rows in methods.items()}
 
     def fid(self, s: str, method: str, which: str) -> float | None:
@@ -221,9 +222,10 @@ def conventions(m: Measured, s: str, methods: list[str]) -> Table:
 def alignment(m: Measured, scorer: str, methods: list[str]) -> Table:
     """Means of a scorer's numbers, set by set."""
     rows = []
-    for s, by_method in m.grouped(scorer).items():
+    scores = m.run.scores(scorer)
+    for s, by_method in m.by_scorer[scorer].items():
         some = next(iter(by_method.values()))[0]
-        keys = [k for k in m.run.scores(scorer)[some["key"]] if k not in ("kind", "scorer", "key")]
+        keys = [k for k in scores[some["key"]] if k not in ("kind", "scorer", "key")]
         for key in (k for k in keys if isinstance(some[k], (int, float))):
             rows.append([s, key, *(m.mean(scorer, key, s, name) for name in methods)])
     return Table(f"{scorer}, means", ["set", "score", *methods], rows)
