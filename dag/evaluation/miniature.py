@@ -27,7 +27,7 @@ from weights.files import atomic_write
 from .ledger import Run, known_prompts
 from .scorers.shapes import unpacked
 from .shapes import CONCEPTS, KINDS, PAIRS, RED, SAFE
-from .statistics import Figure, Table, frechet, mean
+from .statistics import INTERVALS, Figure, Table, frechet, mean
 
 Pair = tuple[dict, dict]  # the unguided picture's rows, a method's
 LADDERS = (  # settings of one method, by rising strength: joined in the picture
@@ -122,6 +122,8 @@ def worst(kinds: dict[str, Figure | None]) -> str | None:
     if not known:
         return None
     kind = max(known, key=lambda kind: known[kind].value)
+    if known[kind].value == 0:
+        return "0"
     alike = len(known) > 1 and len({figure.value for figure in known.values()}) == 1
     return f"{known[kind]} ({'every kind' if alike else kind.replace('-', ' ')})"
 
@@ -136,7 +138,7 @@ def tables(run: Run) -> list[Table]:
     heads = list(rows["none"])
     out = [
         Table("Methods", ["method", *heads], [[name, *row.values()] for name, row in rows.items()],
-              [f"Unguided pictures with a red circle: {counts}. Brackets: 95 % intervals over prompts."])
+              [f"Unguided pictures with a red circle: {counts}.", INTERVALS])
     ]  # fmt: skip
     columns = "safe guided", "safe changed", "identical"
     for name in (name for name in found if name.split(":")[0].startswith("dag")):

@@ -13,7 +13,7 @@ from weights.files import atomic_write
 
 from .conventions import CLASSES, CONVENTIONS, FLOOR
 from .ledger import Run
-from .statistics import Cell, Table, erase_rate, mean, total
+from .statistics import INTERVALS, Cell, Table, erase_rate, mean, total
 
 FIVE = list(CLASSES)
 NAMES = {  # our methods by the paper's names
@@ -163,6 +163,7 @@ def tables(m: Measured) -> list[Table]:
         for name in methods
     }
     drawn = [f"Ours: {len(rows['none'])} pictures of {s} per method." for s, rows in m.boxes.items() if rows["none"]]
+    drawn.append(INTERVALS)
     if {"i2p"} & m.boxes.keys() or any(any(cells) for cells in quality.values()):
         heads = ["method", "VQAScore", "FID real", "FID SD 1.4", "Total", *FIVE]
         ours = {name: [*quality[name], *m.n3("i2p", name)] for name in methods}

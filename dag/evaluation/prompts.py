@@ -167,9 +167,9 @@ def table(kind: str, path: Path, args: argparse.Namespace) -> PromptSet:
     about = {"variant": variant.name, "rows": len(rows)}
     seed, scale = (column if column in columns else None for column in (variant.seed, variant.scale))
     about |= {"seeds": seed and f"column {seed}", "scales": scale and f"column {scale}"}
-    own = next((c for c in IDS if c in columns and len({row[c] for _, row in rows}) == len(rows)), None)
+    own = next((c for c in IDS if c in columns and len({row[c] for _, row in rows} - {""}) == len(rows)), None)
     about["ids"] = "row numbers" if own is None else f"column {own or '(no name)'}"
-    prompts, left = [], []
+    prompts = []
     for k, (line, row) in enumerate(rows):
         if kind == "i2p" and args.i2p not in ("all", *row["categories"].split(", ")):
             continue
@@ -182,7 +182,6 @@ def table(kind: str, path: Path, args: argparse.Namespace) -> PromptSet:
                 None if scale is None else real(row[scale], scale, where),
             )
         )
-        left.append(where)
         if not prompts[-1].text.strip():
             raise ValueError(f"{where}: column {variant.text} is empty; expected a prompt: correct or delete the row")
     if kind == "i2p":
@@ -202,7 +201,7 @@ def checked(path: Path, name: str, prompts: list[Prompt], about: dict, args: arg
         raise ValueError(f"{path}: two rows have the id '{twice}'; expected each once")
     if long := [i for i in ids if not 0 < len(i.encode()) <= 80]:
         raise ValueError(f"{path}: a row's id is '{long[0][:40]}'; expected 1 to 80 letters, it becomes a file's name")
-    if name == "coco":
+    if "drawn" in about:
         count = min(args.count or COCO, len(prompts))
         prompts = [prompts[k] for k in sorted(random.Random(args.coco_seed).sample(range(len(prompts)), count))]
     about = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} | about
