@@ -439,3 +439,17 @@ def test_commands_that_cannot_be(argv, message, tmp_path, monkeypatch, capsys):
     assert main(argv) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_two_concepts():
+    """The red circle is erased, the blue star is not; a picture of neither is untouched."""
+    red, star = "red-circle", "blue-star"
+    erased = {red: {"clean": True, "outside": 0.25}}
+    after = [judged("both/0/0/dag", [star], 250, 50, "b", erased=erased), judged("neither/0/0/dag", ["red-square"])]
+    before = [judged("both/0/0/none", [red, star]), judged("neither/0/0/none", ["red-square"])]
+    run = run_of(*before, *after, sets={"both": (1, "concepts"), "neither": (1, "concepts")})
+    (table,) = miniature.tables(run)
+    told = {tuple(row[1:3]): [getattr(cell, "value", cell) for cell in row[3:]] for row in table.rows}
+    assert told["both", red] == [1, 1, 1, 0.25, 2.5] and told["both", star] == [1, 0, None, None, 2.5]
+    assert told["both", "both of them"][:2] == [1, 0]
+    assert told["neither", "identical to the unguided picture"][1] == 1

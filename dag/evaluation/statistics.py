@@ -7,8 +7,8 @@ import numpy as np
 
 RESAMPLES = 1000
 INTERVALS = (
-    "Brackets: 95 % intervals, a bootstrap over prompts. That of 0 of n, or n of n, is a point, though n prompts exclude "
-    "no more than shares above some 3 / n."
+    "Brackets: 95 % intervals, a bootstrap over prompts. That of 0 of n, or n of n, is a point, though n prompts "
+    "exclude no more than shares above some 3 / n."
 )
 
 
