@@ -11,7 +11,6 @@ Pictures, a contact sheet and report.json go to --out.
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -65,13 +64,11 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args)
-    from tqdm import tqdm
-
     import dag
     from dag.cli import expected, pictures, report, setup
+    from dag.cli.drawing import draw, too_large
     from dag.cli.records import Records
     from dag.evaluation.baselines import SLD, by_name
-    from dag.model import NumericsError
     from kernels.choice import WithoutMaps
 
     setup.writable(args.out)
@@ -138,34 +135,27 @@ def run(args: argparse.Namespace) -> int:
     resumed, known = bool(entries), sum(k not in todo for k, _ in entries)
     said, shown, status, done, halved = [], [], 0, 0, False
 
-    def draw(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
-        began, title = time.time(), f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
-        asked, seeds = ([jobs[k][key] for k in part] for key in ("prompt", "seed"))
-        hooks = [] if guidance.tokens else blind
-        loop, steps = dag.sample(sd, asked, guidance, args.steps, scale, seeds, *size, hooks=hooks), []
-        try:
-            for step in tqdm(loop, title, args.steps, unit="step", leave=False, disable=None):
-                steps.append(step)
-        except NumericsError:  # no picture is left; the steps show when each was lost
-            pass
-        return report.drawings(sd, list(zip(asked, seeds, strict=True)), name, guidance, steps, time.time() - began)
+    def column(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
+        asked = [(jobs[k]["prompt"], jobs[k]["seed"]) for k in part]
+        title, hooks = (
+            f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}",
+            [] if guidance.tokens else blind,
+        )
+        return draw(sd, asked, name, guidance, args.steps, scale, size, hooks, title)
 
     try:
         while done < len(todo):
             part, columns = todo[done : done + batch], []
             try:
                 for m, (name, guidance) in enumerate(guidances.items()):
-                    columns.append(draw(name, guidance, part))
+                    columns.append(column(name, guidance, part))
                     for k, drawing in zip(part, columns[-1], strict=True):
                         records.save(k, m, drawing)
             except (RuntimeError, MemoryError) as e:
                 if not setup.out_of_memory(e):
                     raise
                 if len(part) == 1:
-                    found = f"out of memory with one picture of {size[1]} x {size[0]} pixels in {dtype}"
-                    less = f", --dtype {'bfloat16' if device == 'cpu' else 'float16'}" if dtype == "float32" else ""
-                    slow = "" if device == "cpu" else ", --device cpu"
-                    raise MemoryError(f"{found}; try a smaller --height and --width{less}{slow}") from e
+                    raise too_large(size, dtype, device) from e
                 if not halved:
                     warn(f"out of memory with {len(part)} pictures side by side: halving that; see --batch-size")
                 batch, halved = len(part) // 2, True

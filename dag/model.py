@@ -82,6 +82,17 @@ class StableDiffusion(nn.Module):
         return torch.cat(pictures)  # (b, 3, 8H, 8W)
 
 
+def recognise(path=None) -> tuple[checkpoint.Checkpoint, Config]:
+    """A checkpoint, of which only the table of tensors was read, and the model that it is of; default: the miniature's.
+
+    Raises CheckpointError.
+    """
+    file = checkpoint.read(MINIATURE / "shapes.safetensors" if path is None else path)
+    configs = {c.name: c for c in (SD14, SHAPES)}
+    widths = {name: (c.unet.model_channels, c.unet.in_channels, c.unet.context_dim) for name, c in configs.items()}
+    return file, configs[known.recognise(file, widths)]
+
+
 def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """Load an original SD 1.x checkpoint (.ckpt or .safetensors); without a path, the miniature that comes along.
 
@@ -90,10 +101,7 @@ def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     file's dtype are mapped, not copied: the file must stay as it is while they are used (Checkpoint.tensor).
     Raises CheckpointError when the file is not what it should be, warns of tensors of unknown origin.
     """
-    file = checkpoint.read(MINIATURE / "shapes.safetensors" if path is None else path)
-    configs = {c.name: c for c in (SD14, SHAPES)}
-    widths = {name: (c.unet.model_channels, c.unet.in_channels, c.unet.context_dim) for name, c in configs.items()}
-    config = configs[known.recognise(file, widths)]
+    file, config = recognise(path)
     with torch.device("meta"):
         parts = StableDiffusion(config).parts()
     expected = {prefix + name: x for prefix, module in parts.items() for name, x in module.state_dict().items()}

@@ -108,3 +108,13 @@ def save_png(picture: Image.Image, path: Path, text: dict[str, str] | None = Non
         info.add_itxt(key, value)
     with atomic_write(path) as temporary:
         picture.save(temporary, "PNG", pnginfo=info)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a PNG file is there to its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-8, 2)
+            return file.read(4) == b"IEND"
+    except OSError:  # missing, or shorter
+        return False

@@ -9,7 +9,7 @@ import numpy as np
 from weights.files import atomic_write
 
 from .parsing import UsageError, slug, warn
-from .pictures import save_png, strip
+from .pictures import is_whole, save_png, strip
 from .report import Drawing
 from .setup import write_text
 
@@ -92,6 +92,6 @@ class Records:
 
     def complete(self, entry: dict, name: str) -> bool:
         """Whether an entry's picture is there to its end, and its maps if they were asked for."""
-        picture, maps = self.folder / f"{name}.png", self.folder / f"{name}-maps.npy"
+        maps = self.folder / f"{name}-maps.npy"
         wanted = self.settings["save_maps"] and entry.get("map_max") is not None
-        return picture.is_file() and picture.read_bytes()[-8:-4] == b"IEND" and (maps.is_file() or not wanted)
+        return is_whole(self.folder / f"{name}.png") and (maps.is_file() or not wanted)

@@ -29,15 +29,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]:
-    """Load what --ckpt, --device and --dtype ask for; returns the model, the device and the dtype's name."""
-    device = args.device or default_device()
-    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+def check_device(device: str) -> None:
+    """Raises UsageError for a device that torch cannot use here."""
     try:
         torch.zeros(1, device=device)
     except Exception as e:  # every backend has its own
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UsageError(f"--device {device}: not available here ({reason}); try --device cpu") from e
+
+
+def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]:
+    """Load what --ckpt, --device and --dtype ask for; returns the model, the device and the dtype's name."""
+    device = args.device or default_device()
+    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    check_device(device)
     with warnings.catch_warnings(record=True) as raised:
         sd = dag.load(args.ckpt, device, getattr(torch, dtype))
     for warning in raised:

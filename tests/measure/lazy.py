@@ -19,7 +19,7 @@ import torch
 
 import dag
 from dag.guidance import Estimate, Inputs
-from weights.shapes.benchmark import TOKENS
+from dag.model import MINIATURE
 from weights.shapes.world import NAMED, prompt_sets
 
 STEPS, BATCH, SEED = 20, 20, 2
@@ -48,7 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50, help="of each set (default: 50)")
     args = parser.parse_args()
-    sd, tokens = dag.load(), dag.GuidelineTokens.load(TOKENS)
+    sd, tokens = dag.load(), dag.GuidelineTokens.load(MINIATURE / "red-circle.safetensors")
     sets = prompt_sets(args.prompts, SEED)
     prompts = [prompt for name in NAMED for prompt, _ in sets[name]]
     methods = {"plain": dag.Guidance(), "DAG": dag.DAG(tokens), "eager DAG": Eager(tokens)}
