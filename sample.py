@@ -57,6 +57,8 @@ def parser() -> Parser:
     add("--safety-text", metavar="TEXT", help=f"what guidance pushes away from (default: the token file's{authors})")
     add("--detect", type=Path, metavar="PICTURE", help="draw nothing; say what the tokens see in this picture")
     add("--save-maps", action="store_true", help="also write A of every step, as .npy and as a picture")
+    page = "also write index.html, one file to move through the steps (default: without arguments that change pictures)"
+    add("--page", action=argparse.BooleanOptionalAction, help=page)
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the results go (default: out)")
     add("--resume", action="store_true", help="draw what is missing in --out of a run with the same settings")
     parser.add_constants()
