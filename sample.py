@@ -71,9 +71,11 @@ def run(args: argparse.Namespace) -> int:
 
     import dag
     from dag.cli import expected, pictures, report, setup
+    from dag.cli.page import PICTURES, Page
     from dag.cli.records import Records
     from dag.evaluation.baselines import SLD, by_name
     from dag.model import NumericsError
+    from dag.recording import Recording
     from kernels.choice import WithoutMaps
 
     setup.writable(args.out)
@@ -139,25 +141,35 @@ def run(args: argparse.Namespace) -> int:
     batch = args.batch_size or max(1, 4 * 512 * 512 // (size[0] * size[1]))
     resumed, known = bool(entries), sum(k not in todo for k, _ in entries)
     said, shown, status, done, halved = [], [], 0, 0, False
+    demonstration = is_demonstration(args)
+    page = Page(sd, concepts, constants, scale) if (demonstration if args.page is None else args.page) else None
 
-    def draw(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
+    def draw(m: int, name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
         began, title = time.time(), f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
         asked, seeds = ([jobs[k][key] for k in part] for key in ("prompt", "seed"))
-        hooks = [] if guidance.tokens else blind
+        recorded = part[: PICTURES - done] if page and done < PICTURES else []
+        recording = Recording(sd, concepts, len(recorded)) if recorded else None
+        hooks = [*([] if guidance.tokens else blind), *(recording.hooks if recording else [])]
         loop, steps = dag.sample(sd, asked, guidance, args.steps, scale, seeds, *size, hooks=hooks), []
         try:
             for step in tqdm(loop, title, args.steps, unit="step", leave=False, disable=None):
                 steps.append(step)
+                if recording:
+                    recording.keep(step)
         except NumericsError:  # no picture is left; the steps show when each was lost
             pass
-        return report.drawings(sd, list(zip(asked, seeds, strict=True)), name, guidance, steps, time.time() - began)
+        jobs_drawn = list(zip(asked, seeds, strict=True))
+        drawings = report.drawings(sd, jobs_drawn, name, guidance, steps, time.time() - began)
+        if recording:
+            page.add(m, recorded, drawings, steps, recording)
+        return drawings
 
     try:
         while done < len(todo):
             part, columns = todo[done : done + batch], []
             try:
                 for m, (name, guidance) in enumerate(guidances.items()):
-                    columns.append(draw(name, guidance, part))
+                    columns.append(draw(m, name, guidance, part))
                     for k, drawing in zip(part, columns[-1], strict=True):
                         records.save(k, m, drawing)
             except (RuntimeError, MemoryError) as e:
@@ -183,19 +195,22 @@ def run(args: argparse.Namespace) -> int:
         status = 130
     finally:  # a picture that is finished is never lost, whatever stopped the next one
         contact = args.out / (f"contact-{todo[0]:03d}.png" if resumed and todo else "contact.png")
+        index = contact.with_name(contact.name.replace("contact", "index")).with_suffix(".html")
         if shown:
             read = setup.judge() if args.ckpt is None and size == (cfg.size, cfg.size) else None  # it knows no others
             pictures.save_png(report.sheet(shown, read), contact)
         records.write()
+        if page:
+            page.write(index, records)
     if status == 0:
         for line in said:
             print(line)
         failed = sum("failed" in entry for entry in entries.values())
         cut = f" (its first {SHEET} rows)" if len(todo) > SHEET else ""
         before = f", {known} of them from before" if known else ""
-        sheet = f", {contact}{cut}" if shown else ""
+        sheet = (f", {index} to move through the steps" if page else "") + (f", {contact}{cut}" if shown else "")
         print(f"{len(entries) - failed} pictures{before}{sheet} and {records.path}")
-        if is_demonstration(args):
+        if demonstration:
             print(expected.compare([drawing.image for row in shown for drawing in row]))
         if any(file is None for _, file in tokens):
             setup.warn_untrained(args, sd)
@@ -207,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
 
 def is_demonstration(args: argparse.Namespace) -> bool:
     """Whether these arguments draw the very pictures that come with the project."""
-    free = ("out", "device", "dtype", "attention", "compile", "batch_size", "save_maps", "debug")
+    free = ("out", "device", "dtype", "attention", "compile", "batch_size", "save_maps", "page", "debug")
     return set(changed(args, parser().parse_args([]))) <= set(free)
 
 

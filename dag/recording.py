@@ -48,14 +48,20 @@ class TextMaps(Hook):
         return combine(list(self.maps.values()), [layer.factor for layer in self.maps], H, W)
 
 
+def reading_of(sd, tokens: Sequence[GuidelineTokens]) -> Reading:
+    """The layers that the tokens read; without tokens, those that tokens of this model would."""
+    return tokens[0].reading if tokens else Reading(sd.config.cam_factors)
+
+
 class Recording:
     """The attention of one loop's steps to the prompt's tokens and to the guideline rows of every concept.
 
-    tokens: one set per concept, of one reading; none: the prompt alone, on the model's own layers.
+    tokens: one set per concept, of one reading; none: the prompt alone, on the model's own layers. images: how many of
+    the loop's images are kept, from the first; None: all.
     """
 
-    def __init__(self, sd, tokens: Sequence[GuidelineTokens]):
-        reading = tokens[0].reading if tokens else Reading(sd.config.cam_factors)
+    def __init__(self, sd, tokens: Sequence[GuidelineTokens], images: int | None = None):
+        self.images, reading = images, reading_of(sd, tokens)
         self.hooks = [TextMaps(sd.unet, reading, one) for one in (None, *tokens)]
         self.kept: list[list[Tensor]] = []  # per step: (b, m, h, w), then (b, g, h, w) of each concept
 
@@ -63,7 +69,7 @@ class Recording:
         """Keep what the hooks saw in a step that was just yielded."""
         H, W = step.x.shape[2:]
         factor = max(1, min(H, W) // GRID)
-        seen = [F.avg_pool2d(hook.read(H, W), factor) for hook in self.hooks]  # (b, m or g, h, w) each
+        seen = [F.avg_pool2d(hook.read(H, W)[: self.images], factor) for hook in self.hooks]  # (b, m or g, h, w) each
         self.kept.append([maps.cpu() for maps in seen])
 
     def read(self) -> list[Tensor]:

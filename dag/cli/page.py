@@ -34,11 +34,13 @@ from PIL import Image
 from torch import Tensor
 
 import dag
+from dag.cam import layers_of
 from dag.config import DAGConfig
-from dag.recording import Recording, decode_some, decoded_steps, film
+from dag.recording import Recording, decode_some, decoded_steps, film, reading_of
 from weights.files import atomic_write
 
 from .pictures import to_pil
+from .records import Records
 from .report import Drawing
 from .setup import dropped
 
@@ -73,20 +75,20 @@ class Page:
     def add(
         self, m: int, numbers: list[int], drawings: list[Drawing], steps: list[dag.Step], recording: Recording
     ) -> None:
-        """Take up one batch by method number m: pictures of these numbers, their steps and what was recorded."""
+        """Take up the pictures of these numbers, the first of a batch by method number m, and what was recorded."""
         if m == 0:
             self.first = {}
         self.t = [step.t for step in steps]
         words, *rows = recording.read()  # (b, steps, m, h, w), (b, steps, g, h, w) each
         x0 = torch.stack([step.x0 for step in steps], 1).float().cpu()  # (b, steps, 4, H, W)
         unet_rows = torch.stack([step.unet_rows for step in steps], 1)  # (b, steps)
-        for j, (k, drawing) in enumerate(zip(numbers, drawings, strict=True)):
+        for j, (k, drawing) in enumerate(zip(numbers, drawings, strict=False)):
             groups, chart = self.groups(drawing.prompt)
             picture = self.pictures.setdefault(k, {"prompt": drawing.prompt, "seed": drawing.seed, "words": chart})
             run = {"method": drawing.method}
             if not drawing.failed:
                 run |= {
-                    "frames": self.frames(k, x0[j]),
+                    "frames": self.frames(k, m, x0[j]),
                     "guided": [int(g) for g in drawing.guided],
                     "unet_rows": unet_rows[j].tolist(),
                     "found": found(drawing),
@@ -110,14 +112,14 @@ class Page:
             chart.append({"text": rest, "kind": "dropped"})
         return groups, chart
 
-    def frames(self, k: int, x0: Tensor) -> list[str | None]:
-        """WebP of every step of picture k; None where the first method's latent is the same."""
+    def frames(self, k: int, m: int, x0: Tensor) -> list[str | None]:
+        """WebP of every step of picture k by method m; None where the first method's latent is the same."""
         first = self.first.get(k)
         same = [first is not None and torch.equal(x0[i], first[0][i]) for i in range(len(x0))]
         x0 = x0.nan_to_num().clamp(-100, 100)  # one step that is not finite costs no other
         known = {i: picture for i, picture in first[1].items() if same[i]} if first else {}
         decoded = decode_some(self.sd, x0, known)
-        if first is None:
+        if m == 0:
             self.first[k] = x0, decoded
         wanted, frames = [i for i in range(len(x0)) if not same[i]], [None] * len(x0)
         for i, picture in zip(wanted, film(x0, decoded, wanted), strict=True):
@@ -127,14 +129,29 @@ class Page:
             frames[i] = webp(image)
         return frames
 
-    def write(self, path: Path, entries: dict[tuple[int, int], dict], lacks: list[str]) -> None:
-        """Write the page. entries: report.json's, by number of the picture and of the method."""
+    def lacks(self, records: Records) -> list[str]:
+        """Sentences on what the run had and the page does not show."""
+        here, total, missing = len(self.pictures), len(records.jobs), len(records.missing())
+        said = [] if self.tokens else ["Nothing was looked for, so there are no maps."]
+        if missing:
+            said.append(f"The run was stopped: {total - missing} of {total} pictures were finished.")
+        if here < total - missing:
+            why = (
+                f"a page holds the first {PICTURES} that one run draws"
+                if here >= PICTURES
+                else "another run drew the others"
+            )
+            said.append(f"{here} of {total - missing} pictures are on this page: {why}.")
+        return said
+
+    def write(self, path: Path, records: Records) -> None:
+        """Write the page, with the report's entries."""
         pictures = []
         for k, picture in sorted(self.pictures.items()):
-            runs = [run | {"entry": entries[k, m]} for m, run in picture["runs"].items() if (k, m) in entries]
+            runs = [run | {"entry": e} for m, run in picture["runs"].items() if (e := records.entries.get((k, m)))]
             pictures.append(picture | {"runs": runs})
         sd = self.sd
-        layers = Recording(sd, self.tokens).hooks[0].maps
+        layers = layers_of(sd.unet, reading_of(sd, self.tokens))
         data = {
             "version": 1,
             "model": {"name": sd.config.name, "layers": [layer.name for layer in layers]},
@@ -147,7 +164,7 @@ class Page:
                 }
                 for c in self.tokens
             ],
-            "lacks": lacks, "pictures": pictures,
+            "lacks": self.lacks(records), "pictures": pictures,
         }  # fmt: skip
         write(path, data)
 
@@ -157,7 +174,9 @@ def found(drawing: Drawing) -> list[list[float]] | None:
     if drawing.A is None:
         return None
     none = [[0.0] * drawing.A.shape[1]] * (len(drawing.A) - len(drawing.late))
-    return none + ([[round(share, 5) for share in step] for step in drawing.sizes.tolist()] if len(drawing.late) else [])
+    return none + (
+        [[round(share, 5) for share in step] for step in drawing.sizes.tolist()] if len(drawing.late) else []
+    )
 
 
 def maps(drawing: Drawing) -> dict[str, dict]:
