@@ -18,15 +18,15 @@ from .sampling import Step
 from .tokens import GuidelineTokens, Reading
 from .unet import UNet
 
-DECODED = 10  # a picture is decoded at about as many steps, however many there are
+DECODED = 6  # steps at which a picture is decoded, at most; with the miniature decoding is most of the page's cost
 GRID = 16  # attention is kept on a grid whose shorter side has at most as many places
 
 
 class TextMaps(Hook):
-    """The attention of every pixel to the text in the last UNet call with conditional rows: p = softmax(q k^T / sqrt(d)).
+    """The attention of every pixel to the text in the last UNet call with conditional rows, softmax(q k^T / sqrt(d)).
 
-    The text is the prompt, all m tokens of it. With `tokens`, it is their g guideline rows instead. Mean over heads, then
-    over the layers that `reading` names. Source: Tang et al. 2023, "What the DAAM".
+    The text is the prompt, all m tokens of it. With `tokens`, it is their g guideline rows instead. Mean over heads,
+    then over the layers that `reading` names. Source: Tang et al. 2023, "What the DAAM".
     """
 
     def __init__(self, unet: UNet, reading: Reading, tokens: GuidelineTokens | None = None):
@@ -77,47 +77,53 @@ class Recording:
         return [torch.stack(maps, 1) for maps in zip(*self.kept, strict=True)]
 
 
-def decoded_steps(steps: int) -> list[int]:
-    """The steps at which a film decodes its picture: every k-th, with the last."""
-    return sorted({*range(0, steps, -(-steps // DECODED)), steps - 1})
-
-
-def latent_features(x0: Tensor) -> Tensor:
-    """Latents (s, 4, H, W) -> the 3 x 3 latent pixels around each, and a one: (s, H*W, 37)."""
-    around = F.unfold(F.pad(x0, (1, 1, 1, 1), mode="replicate"), 3).transpose(1, 2)  # (s, H*W, 36)
-    return F.pad(around, (0, 1), value=1.0)
-
-
 def decode_some(sd, x0: Tensor, known: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Predicted latents x0 (steps, 4, H, W) -> their pictures (3, 8H, 8W) in [-1, 1] at `decoded_steps`, on the CPU.
+    """Predicted latents x0 (steps, 4, H, W) on the CPU -> pictures (3, 8H, 8W) in [-1, 1] at some steps.
 
-    known: steps that need not be decoded, with their pictures.
+    These are the known ones, which need not be decoded again, and at most DECODED more: the first step, the last, and
+    one after the other the step that is farthest from what `between` makes of it.
     """
-    return {i: known[i] if i in known else sd.decode(x0[i : i + 1])[0].cpu() for i in decoded_steps(len(x0))}
+    steps = sorted({0, len(x0) - 1, *known})
+    while len(steps) < min(DECODED + len(known), len(x0)):
+        others = [i for i in range(len(x0)) if i not in steps]
+        steps = sorted([*steps, max(others, key=lambda i: between(x0, steps, i)[3])])
+    return {i: known[i] if i in known else sd.decode(x0[i : i + 1])[0].cpu() for i in steps}
+
+
+def between(x0: Tensor, steps: Sequence[int], i: int) -> tuple[int, int, Tensor, float]:
+    """The decoded steps on either side of step i, how far each place of its latent has gone from the one to the other,
+    (H, W) in [0, 1], and the squared distance that is left."""
+    before, after = max(k for k in steps if k < i), min(k for k in steps if k > i)
+    way, gone = x0[after] - x0[before], x0[i] - x0[before]  # (4, H, W) each
+    share = ((gone * way).sum(0) / way.square().sum(0).clamp(min=1e-6)).clamp(0, 1)
+    return before, after, share, (gone - share * way).square().sum().item()
 
 
 def film(x0: Tensor, decoded: dict[int, Tensor], wanted: Sequence[int]) -> Iterator[Tensor]:
     """One picture as it forms: latents x0 (steps, 4, H, W) on the CPU -> (3, 8H, 8W) in [-1, 1] at the wanted steps.
 
-    Decoding costs more than a small model's step, so it is done at `decoded_steps` alone. Between them a linear map from
-    3 x 3 latent pixels to 8 x 8 of the picture, fitted by least squares to those that are decoded, stands in for the
-    decoder; what it misses at the decoded steps on either side is added, in proportion to their distance.
+    Decoding costs more than a small model's step, so only the `decoded` steps have it. At the others a linear map from
+    the 4 channels of the latent to RGB, fitted by least squares to the decoded ones, stands in for the decoder; what it
+    misses is taken from the decoded steps on either side, at each place as far as its latent has gone from the one to
+    the other (`between`).
     """
-    keys, (H, W) = sorted(decoded), x0.shape[2:]
-    factor = decoded[0].shape[1] // H
-    features = latent_features(x0)  # (steps, H*W, 37)
-    pictures = torch.stack([decoded[i] for i in keys])  # (keys, 3, 8H, 8W)
-    patches = F.pixel_unshuffle(pictures, factor).flatten(2).transpose(1, 2)  # (keys, H*W, 3*8*8)
-    weights = torch.linalg.lstsq(features[keys].flatten(0, 1), patches.flatten(0, 1)).solution  # (37, 3*8*8)
+    steps, (H, W) = sorted(decoded), x0.shape[2:]
+    channels = F.pad(x0, (0, 0, 0, 0, 0, 1), value=1.0)  # (steps, 5, H, W)
+    seen = torch.stack([F.adaptive_avg_pool2d(decoded[i], (H, W)) for i in steps])  # (decoded, 3, H, W)
+    known, target = (maps.transpose(0, 1).flatten(1).T for maps in (channels[steps], seen))  # (decoded*H*W, 5 and 3)
+    weights = torch.linalg.lstsq(known, target).solution  # (5, 3)
+
+    def large(maps: Tensor) -> Tensor:
+        size = decoded[0].shape[1:]
+        return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]  # (channels, 8H, 8W)
 
     def linear(i: int) -> Tensor:
-        return F.pixel_shuffle((features[i] @ weights).T.unflatten(1, (H, W)), factor)  # (3, 8H, 8W)
+        return large(torch.einsum("chw,cr->rhw", channels[i], weights))  # (3, 8H, 8W)
 
     missed = {i: picture - linear(i) for i, picture in decoded.items()}
     for i in wanted:
         if i in decoded:
             yield decoded[i]
-            continue
-        before, after = max(k for k in keys if k < i), min(k for k in keys if k > i)
-        share = (i - before) / (after - before)
-        yield (linear(i) + (1 - share) * missed[before] + share * missed[after]).clamp(-1, 1)
+        else:
+            before, after, share, _ = between(x0, steps, i)
+            yield (linear(i) + torch.lerp(missed[before], missed[after], large(share[None]))).clamp(-1, 1)

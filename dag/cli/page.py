@@ -6,14 +6,14 @@ the same JSON gets the same page, and `maps` may hold any more maps, each of whi
     version     1
     model       {name, layers: [...] of the attention, height, width of a picture}
     t           the timestep of every step
-    decoded     the steps whose pictures are decoded, not approximated
     s_g, memory, warmup     the guidance scale, DAG's memory, its steps without guidance
-    concepts    [{name, safety_text, background, rows, constants: dag.config.Scaling}]: rows in all, background ones first
+    concepts    [{name, safety_text, background, rows, constants: dag.config.Scaling}]; background: that many first rows
     lacks       sentences: what the run had that the page does not show
     pictures    [{prompt, seed, words, runs}], words: [{text, kind: "start", "word", "rest" or "dropped"}]
-    runs        [{method, entry, frames, guided, unet_rows, found, maps, words, rows}] or [{method, entry}] without a picture
+    runs        one per method: {method, entry}, and but for a picture that failed what follows
       entry       report.json's entry of the picture
       frames      base64 WebP per step: x0; null where x0 is bit for bit the first run's
+      decoded     the steps whose frames are decoded, not approximated
       guided      0 or 1 per step;  unet_rows: their number per step
       found       per step, per concept: area of its objects as a share of the frame; null without maps
       maps        {A, A_acted: (steps, concepts, H, W), S: (steps, H, W)}, by name; A_acted only where it is not A
@@ -36,7 +36,7 @@ from torch import Tensor
 import dag
 from dag.cam import layers_of
 from dag.config import DAGConfig
-from dag.recording import Recording, decode_some, decoded_steps, film, reading_of
+from dag.recording import Recording, decode_some, film, reading_of
 from weights.files import atomic_write
 
 from .pictures import to_pil
@@ -87,8 +87,10 @@ class Page:
             picture = self.pictures.setdefault(k, {"prompt": drawing.prompt, "seed": drawing.seed, "words": chart})
             run = {"method": drawing.method}
             if not drawing.failed:
+                frames, decoded = self.frames(k, m, x0[j])
                 run |= {
-                    "frames": self.frames(k, m, x0[j]),
+                    "frames": frames,
+                    "decoded": decoded,
                     "guided": [int(g) for g in drawing.guided],
                     "unet_rows": unet_rows[j].tolist(),
                     "found": found(drawing),
@@ -112,10 +114,13 @@ class Page:
             chart.append({"text": rest, "kind": "dropped"})
         return groups, chart
 
-    def frames(self, k: int, m: int, x0: Tensor) -> list[str | None]:
-        """WebP of every step of picture k by method m; None where the first method's latent is the same."""
+    def frames(self, k: int, m: int, x0: Tensor) -> tuple[list[str | None], list[int]]:
+        """WebP of every step of picture k by method m, None where the first method's latent is the same; and the steps
+        that are decoded."""
         first = self.first.get(k)
         same = [first is not None and torch.equal(x0[i], first[0][i]) for i in range(len(x0))]
+        if all(same):
+            return [None] * len(x0), []
         x0 = x0.nan_to_num().clamp(-100, 100)  # one step that is not finite costs no other
         known = {i: picture for i, picture in first[1].items() if same[i]} if first else {}
         decoded = decode_some(self.sd, x0, known)
@@ -127,7 +132,7 @@ class Page:
             if i not in decoded:
                 image.thumbnail((SIDE, SIDE))
             frames[i] = webp(image)
-        return frames
+        return frames, sorted(decoded)
 
     def lacks(self, records: Records) -> list[str]:
         """Sentences on what the run had and the page does not show."""
@@ -136,11 +141,8 @@ class Page:
         if missing:
             said.append(f"The run was stopped: {total - missing} of {total} pictures were finished.")
         if here < total - missing:
-            why = (
-                f"a page holds the first {PICTURES} that one run draws"
-                if here >= PICTURES
-                else "another run drew the others"
-            )
+            first = f"a page holds the first {PICTURES} that one run draws"
+            why = first if here >= PICTURES else "another run drew the others"
             said.append(f"{here} of {total - missing} pictures are on this page: {why}.")
         return said
 
@@ -155,7 +157,7 @@ class Page:
         data = {
             "version": 1,
             "model": {"name": sd.config.name, "layers": [layer.name for layer in layers]},
-            "t": self.t, "decoded": decoded_steps(len(self.t)) if self.t else [],
+            "t": self.t,
             "s_g": self.s_g, "memory": self.cfg.memory, "warmup": self.cfg.warmup,
             "concepts": [
                 {
@@ -173,10 +175,8 @@ def found(drawing: Drawing) -> list[list[float]] | None:
     """Per step and concept, the area of the objects found as a share of the frame; 0 in the warm-up."""
     if drawing.A is None:
         return None
-    none = [[0.0] * drawing.A.shape[1]] * (len(drawing.A) - len(drawing.late))
-    return none + (
-        [[round(share, 5) for share in step] for step in drawing.sizes.tolist()] if len(drawing.late) else []
-    )
+    late = drawing.sizes.tolist() if len(drawing.late) else []
+    return [[0.0] * drawing.A.shape[1]] * (len(drawing.A) - len(late)) + late
 
 
 def maps(drawing: Drawing) -> dict[str, dict]:
