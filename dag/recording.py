@@ -92,10 +92,15 @@ def decode_some(sd, x0: Tensor, known: dict[int, Tensor]) -> dict[int, Tensor]:
 
 def between(x0: Tensor, steps: Sequence[int], i: int) -> tuple[int, int, Tensor, float]:
     """The decoded steps on either side of step i, how far each place of its latent has gone from the one to the other,
-    (H, W) in [0, 1], and the squared distance that is left."""
+    (H, W) in [0, 1], and the squared distance that is left.
+
+    The share is of 5 x 5 latent pixels around a place: of one that hardly moves it would be noise.
+    """
     before, after = max(k for k in steps if k < i), min(k for k in steps if k > i)
     way, gone = x0[after] - x0[before], x0[i] - x0[before]  # (4, H, W) each
-    share = ((gone * way).sum(0) / way.square().sum(0).clamp(min=1e-6)).clamp(0, 1)
+    both = torch.stack([(gone * way).sum(0), way.square().sum(0)])  # (2, H, W)
+    along, length = F.avg_pool2d(both, 5, 1, 2, count_include_pad=False)  # (H, W) each
+    share = (along / length.clamp(min=1e-6)).clamp(0, 1)
     return before, after, share, (gone - share * way).square().sum().item()
 
 
