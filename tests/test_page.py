@@ -57,7 +57,7 @@ def test_recording_only_looks(shapes, tokens):
 
 
 def test_attention_is_kept_on_a_small_grid(shapes):
-    """Without tokens the prompt's attention alone, on the model's layers; a larger picture's on at most twice the grid."""
+    """Without tokens the prompt's attention alone, on the model's layers; the grid's shorter side has 16 places."""
     recording = Recording(shapes, [])
     for step in dag.sample(shapes, ["a star"], dag.Guidance(), steps=1, height=256, width=384, hooks=recording.hooks):
         recording.keep(step)
@@ -66,7 +66,7 @@ def test_attention_is_kept_on_a_small_grid(shapes):
 
 
 def test_film(shapes):
-    """Decoded steps are the decoder's; where the decoder is linear and smooth and the latent moves on a line, all are."""
+    """Decoded steps are the decoder's; where that is linear and smooth and the latent moves on a line, all are."""
 
     class Linear:
         decoded = 0
@@ -194,8 +194,8 @@ def opened(browser):
 
 def lanes(tab) -> dict[str, int]:
     """How many steps every lane above the slider marks."""
-    count = "lanes => Object.fromEntries(lanes.map(l => [l.querySelector('.name').textContent, l.querySelectorAll('i').length]))"
-    return tab.eval_on_selector_all(".lane", count)
+    count = "lanes => lanes.map(lane => [lane.querySelector('.name').textContent, lane.querySelectorAll('i').length])"
+    return dict(tab.eval_on_selector_all(".lane", count))
 
 
 def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
@@ -261,9 +261,9 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
 
     # A click moves the ring, in either picture; Shift and arrows by a cell; both pictures can be asked.
     box = tab.locator("figure canvas >> nth=0").bounding_box()
-    tab.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.25)
+    tab.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.28)
     assert "unguided, step 9" in tab.inner_text("#inspector") and "has no A and no S" in tab.inner_text(".told")
-    assert tab.evaluate("page.state.place") == pytest.approx([0.75, 0.25], abs=0.01)
+    assert tab.evaluate("page.state.place") == pytest.approx([0.75, 0.28], abs=0.01)
     tab.keyboard.press("Shift+ArrowDown")
     assert tab.evaluate("page.state.place[1]") == pytest.approx(5.5 / 16)
 
@@ -272,7 +272,8 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
     tab.click("h2 >> nth=0")
     tab.keyboard.press("Space")
     assert tab.get_attribute("#play", "aria-label") == "Pause"
-    tab.wait_for_function("page.state.step === 19 && page.state.timer === null")
+    tab.wait_for_selector("#play[aria-label=Play]")
+    assert tab.evaluate("page.state.step") == 19
     box = tab.locator("#slider").bounding_box()
     tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     assert tab.evaluate("page.state.step") in (9, 10)
@@ -282,9 +283,10 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
     # Knobs: Algorithm 1 again on the recorded maps, as dag/ computes it.
     def replayed():
         data = tab.evaluate("""() => {
-            const run = page.runs[1], c = page.data.concepts[0].constants;
-            const all = page.replay(run.maps.A.data, run.maps.A.shape, [{...c, ...page.state.knobs}], page.data.memory, page.data.warmup);
-            return { A: [...run.maps.A.data], S: all.S.map(S => [...S]), guided: all.guided, knobs: page.state.knobs ?? {} };
+            const { A } = page.runs[1].maps, { data, state } = page;
+            const constants = { ...data.concepts[0].constants, ...state.knobs };
+            const all = page.replay(A.data, A.shape, [constants], data.memory, data.warmup);
+            return { A: [...A.data], S: all.S.map(S => [...S]), guided: all.guided, knobs: state.knobs ?? {} };
         }""")
         cfg = shapes.config.dag
         scalings = [replace(tokens.adapt(cfg.scaling), **data["knobs"])]
@@ -292,7 +294,7 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
         for A in torch.tensor(data["A"]).view(20, 1, 1, 16, 16):
             acted = remember(A, acted, replace(cfg, scaling=scalings[0]), scalings)
             expected.append(scale_map(acted, scalings)[0, 0])
-        found = torch.tensor(data["S"]).view(20, 16, 16)
+        found = torch.tensor(data["S"], dtype=torch.float32).view(20, 16, 16)
         assert torch.allclose(found, torch.stack(expected), rtol=0, atol=1e-3)
         return data["knobs"], sum(data["guided"])
 
@@ -307,12 +309,25 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
 
     # The other prompt is text, whatever it says.
     tab.click(".choice >> nth=1")
-    tab.wait_for_function(
-        "page.state.picture === 1 && document.querySelector('#summary').textContent.includes('nothing found')"
-    )
+    tab.wait_for_selector(".choice:nth-child(2)[aria-pressed=true]")
+    assert "nothing found; never guided; 40 UNet rows" in tab.inner_text("#summary")
     assert tab.title() == "Detect-and-Guide, step by step" and tab.locator("img[src=x]").count() == 0
     assert HOSTILE.strip() in tab.text_content(".choice >> nth=1") or HOSTILE in tab.text_content(".choice >> nth=1")
-    assert HOSTILE.split()[0] in tab.text_content("#words")
+    assert tab.text_content("#words").startswith("start</script><script>document")
+
+
+# The text that stands out least: its contrast by WCAG 2, and what it is.
+CONTRAST = """() => {
+  const linear = v => v <= 10.3 ? v / 3294.6 : ((v / 255 + .055) / 1.055) ** 2.4;
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const light = colour => rgb(colour).slice(0, 3).reduce((sum, v, k) => sum + linear(v) * [.2126, .7152, .0722][k], 0);
+  const ground = e => (rgb(getComputedStyle(e).backgroundColor)[3] ?? 1) === 0 ? ground(e.parentElement) : e;
+  return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.disabled
+    && e.tagName !== "OPTION" && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
+    const both = [getComputedStyle(e).color, getComputedStyle(ground(e)).backgroundColor].map(light);
+    return [(Math.max(...both) + .05) / (Math.min(...both) + .05), e.tagName + " " + e.textContent.slice(0, 30)];
+  }).sort((a, b) => a[0] - b[0])[0];
+}"""
 
 
 @pytest.mark.parametrize("width", [360, 800, 1600])
@@ -322,22 +337,10 @@ def test_fits_and_is_readable(opened, tmp_path, width):
     for theme in ("light", "dark"):
         tab = opened(tmp_path / "p.html", width, color_scheme=theme)
         assert tab.evaluate("document.documentElement.scrollWidth") == width
-        assert tab.evaluate("[...document.querySelectorAll('canvas, button, input')].filter(e => e.checkVisibility() && "
-                            "!(e.getAttribute('aria-label') ?? e.labels?.[0]?.textContent ?? e.textContent).trim()).length") == 0  # fmt: skip
-        worst = tab.evaluate("""() => {
-            const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-                .reduce((sum, v, k) => sum + v * [.2126, .7152, .0722][k], 0);
-            const rgb = text => text.match(/[\\d.]+/g).map(Number), pairs = [];
-            for (const e of document.querySelectorAll("body *")) {
-                const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
-                if (!own || !e.checkVisibility() || ["SCRIPT", "OPTION"].includes(e.tagName) || e.disabled) continue;
-                let ground = e;
-                while (ground && (rgb(getComputedStyle(ground).backgroundColor)[3] ?? 1) === 0) ground = ground.parentElement;
-                const [a, b] = [light(rgb(getComputedStyle(e).color)), light(rgb(getComputedStyle(ground).backgroundColor))];
-                pairs.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.tagName + "." + e.className + ": " + e.textContent.slice(0, 30)]);
-            }
-            return pairs.sort((a, b) => a[0] - b[0])[0];
-        }""")
+        name = "(e.getAttribute('aria-label') ?? e.labels?.[0]?.textContent ?? e.textContent).trim()"
+        nameless = f"all => all.filter(e => e.checkVisibility() && !{name}).length"
+        assert tab.eval_on_selector_all("canvas, button, input", nameless) == 0
+        worst = tab.evaluate(CONTRAST)
         assert worst[0] >= 4.5, worst
 
 
@@ -354,8 +357,8 @@ def example(words: int = 3, steps: int = 3, concepts: int = 2) -> dict:
     }
     run = {
         "method": "mine", "entry": entry, "frames": [frame] * steps, "decoded": [0], "guided": [0] * steps,
-        "unet_rows": [2] * steps, "found": [[0.0] * concepts] * steps,
-        "maps": {"A": page.packed(A), "S": page.packed(S), "curl": page.packed(S)},
+        "unet_rows": [2] * steps, "found": [[0.0] * concepts] * steps if concepts else None,
+        "maps": {"A": page.packed(A), "S": page.packed(S), "curl": page.packed(S)} if concepts else {},
         "words": page.packed(torch.rand(steps, words + 2, 4, 4)),
         "rows": [page.packed(torch.rand(steps, 4, 4, 4))] * concepts,
     }  # fmt: skip
@@ -395,9 +398,6 @@ def test_any_data(opened, tmp_path):
         ("many", example(words=75, steps=1)), ("none", example(words=0, concepts=0)),
         ("empty", example() | {"pictures": []}),
     ):  # fmt: skip
-        if name == "none":
-            for run in (run for picture in data["pictures"] for run in picture["runs"] if "maps" in run):
-                run |= {"maps": {}, "found": None, "rows": []}
         page.write(tmp_path / f"{name}.html", data)
         tab = opened(tmp_path / f"{name}.html")
         shown = tab.inner_text("body")
@@ -425,4 +425,4 @@ def test_algorithm_1_is_that_of_the_scalers(opened, tmp_path):
         )
         expected = strength(maps, scaling)
         assert expected.max() > 0
-        assert torch.allclose(torch.tensor(found).view(-1, 20, 14), expected, rtol=1e-6, atol=0)
+        assert torch.allclose(torch.tensor(found, dtype=torch.float32).view(-1, 20, 14), expected, rtol=1e-6, atol=0)
