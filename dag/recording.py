@@ -18,7 +18,7 @@ from .sampling import Step
 from .tokens import GuidelineTokens, Reading
 from .unet import UNet
 
-DECODED = 6  # steps at which a picture is decoded, at most; with the miniature decoding is most of the page's cost
+DECODED = 6  # steps of a picture that are decoded, at most: with the miniature that is most of what recording costs
 GRID = 16  # attention is kept on a grid whose shorter side has at most as many places
 
 
@@ -29,6 +29,7 @@ class TextMaps(Hook):
     then over the layers that `reading` names. Source: Tang et al. 2023, "What the DAAM".
     """
 
+    @torch.no_grad()
     def __init__(self, unet: UNet, reading: Reading, tokens: GuidelineTokens | None = None):
         self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(layers_of(unet, reading))  # become (b, m or g, n) each
         weight = unet.out[2].weight
@@ -38,8 +39,8 @@ class TextMaps(Hook):
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
         if layer in self.maps and self.call.cond != NO_ROWS:
-            q = q[self.call.cond].float()  # (b, h, n, d)
-            k = k[self.call.cond].float() / q.shape[-1] ** 0.5 if self.k_g is None else self.k_g[layer]
+            q = q[self.call.cond].detach().float()  # (b, h, n, d)
+            k = k[self.call.cond].detach().float() / q.shape[-1] ** 0.5 if self.k_g is None else self.k_g[layer]
             p = torch.softmax(q @ k.transpose(-2, -1), dim=-1)  # (b, h, n, m or g)
             self.maps[layer] = p.mean(1).transpose(1, 2)  # (b, m or g, n)
 

@@ -4,7 +4,7 @@
 the same JSON gets the same page, and `maps` may hold any more maps, each of which gets a button:
 
     version     1
-    model       {name, layers: [...] of the attention, height, width of a picture}
+    model       {name, layers: names of those whose attention is shown}
     t           the timestep of every step
     s_g, memory, warmup     the guidance scale, DAG's memory, its steps without guidance
     concepts    [{name, safety_text, background, rows, constants: dag.config.Scaling}]; background: that many first rows
@@ -78,7 +78,7 @@ class Page:
         """Take up the pictures of these numbers, the first of a batch by method number m, and what was recorded."""
         if m == 0:
             self.first = {}
-        self.t = [step.t for step in steps]
+        self.t = max(self.t, [step.t for step in steps], key=len)  # a batch that failed ends early
         words, *rows = recording.read()  # (b, steps, m, h, w), (b, steps, g, h, w) each
         x0 = torch.stack([step.x0 for step in steps], 1).float().cpu()  # (b, steps, 4, H, W)
         unet_rows = torch.stack([step.unet_rows for step in steps], 1)  # (b, steps)
