@@ -119,20 +119,20 @@ def test_says_what_it_lacks(tmp_path, monkeypatch):
         "Nothing was looked for, so there are no maps.",
         "2 of 3 pictures are on this page: a page holds the first 2 that one run draws.",
     ]
-    real, calls = dag.sample, []
+    real, calls = page.webp, []
 
-    def stopped(*args, **kwargs):
-        calls.append(args)
+    def stopped(picture):
+        calls.append(picture)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return real(picture)
 
-    monkeypatch.setattr("dag.sample", stopped)
+    monkeypatch.setattr("dag.cli.page.webp", stopped)
     argv = [*argv[:-1], str(tmp_path / "b"), "--n-images", "3", "--batch-size", "1"]
     assert sample.main(argv) == 130
     written = contents(tmp_path / "b" / "index.html")
     assert len(written["pictures"]) == 1 and "The run was stopped: 1 of 3 pictures were finished." in written["lacks"]
-    monkeypatch.setattr("dag.sample", real)
+    monkeypatch.setattr("dag.cli.page.webp", real)
     monkeypatch.setattr("dag.cli.page.PICTURES", 16)
     assert sample.main([*argv, "--resume"]) == 0
     written = contents(tmp_path / "b" / "index-001.html")

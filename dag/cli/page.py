@@ -84,7 +84,6 @@ class Page:
         unet_rows = torch.stack([step.unet_rows for step in steps], 1)  # (b, steps)
         for j, (k, drawing) in enumerate(zip(numbers, drawings, strict=False)):
             groups, chart = self.groups(drawing.prompt)
-            picture = self.pictures.setdefault(k, {"prompt": drawing.prompt, "seed": drawing.seed, "words": chart})
             run = {"method": drawing.method}
             if not drawing.failed:
                 frames, decoded = self.frames(k, m, x0[j])
@@ -98,7 +97,8 @@ class Page:
                     "words": packed(torch.einsum("wm,smyx->swyx", groups, words[j])),
                     "rows": [packed(one[j]) for one in rows],
                 }
-            picture.setdefault("runs", {})[m] = run
+            picture = {"prompt": drawing.prompt, "seed": drawing.seed, "words": chart, "runs": {}}
+            self.pictures.setdefault(k, picture)["runs"][m] = run  # whole or not at all, whatever stops the run
 
     def groups(self, prompt: str) -> tuple[Tensor, list[dict]]:
         """Which of the m tokens make each word, (words, m) of 0 and 1, and the words: start, the prompt's, the rest."""
@@ -134,9 +134,9 @@ class Page:
             frames[i] = webp(image)
         return frames, sorted(decoded)
 
-    def lacks(self, records: Records) -> list[str]:
-        """Sentences on what the run had and the page does not show."""
-        here, total, missing = len(self.pictures), len(records.jobs), len(records.missing())
+    def lacks(self, here: int, records: Records) -> list[str]:
+        """Sentences on what the run had and a page of so many pictures does not show."""
+        total, missing = len(records.jobs), len(records.missing())
         said = [] if self.tokens else ["Nothing was looked for, so there are no maps."]
         if missing:
             said.append(f"The run was stopped: {total - missing} of {total} pictures were finished.")
@@ -151,7 +151,7 @@ class Page:
         pictures = []
         for k, picture in sorted(self.pictures.items()):
             runs = [run | {"entry": e} for m, run in picture["runs"].items() if (e := records.entries.get((k, m)))]
-            pictures.append(picture | {"runs": runs})
+            pictures += [picture | {"runs": runs}] if runs else []
         sd = self.sd
         layers = layers_of(sd.unet, reading_of(sd, self.tokens))
         data = {
@@ -166,7 +166,7 @@ class Page:
                 }
                 for c in self.tokens
             ],
-            "lacks": self.lacks(records), "pictures": pictures,
+            "lacks": self.lacks(len(pictures), records), "pictures": pictures,
         }  # fmt: skip
         write(path, data)
 
