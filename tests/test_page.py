@@ -337,6 +337,11 @@ def test_fits_and_is_readable(opened, tmp_path, width):
     for theme in ("light", "dark"):
         tab = opened(tmp_path / "p.html", width, color_scheme=theme)
         assert tab.evaluate("document.documentElement.scrollWidth") == width
+        outside = """marks => marks.filter(mark => {
+            const [own, all] = [mark, mark.parentElement].map(e => e.getBoundingClientRect());
+            return own.left < all.left - 1 || own.right > all.right + 1;
+        }).length"""
+        assert tab.locator(".lane i").count() > 0 and tab.eval_on_selector_all(".lane i", outside) == 0
         name = "(e.getAttribute('aria-label') ?? e.labels?.[0]?.textContent ?? e.textContent).trim()"
         nameless = f"all => all.filter(e => e.checkVisibility() && !{name}).length"
         assert tab.eval_on_selector_all("canvas, button, input", nameless) == 0
@@ -357,7 +362,7 @@ def example(words: int = 3, steps: int = 3, concepts: int = 2) -> dict:
     }
     run = {
         "method": "mine", "entry": entry, "frames": [frame] * steps, "decoded": [0], "guided": [0] * steps,
-        "unet_rows": [2] * steps, "found": [[0.0] * concepts] * steps if concepts else None,
+        "unet_rows": [2] * steps, "found": [[0.2] * concepts] * steps if concepts else None,
         "maps": {"A": page.packed(A), "S": page.packed(S), "curl": page.packed(S)} if concepts else {},
         "words": page.packed(torch.rand(steps, words + 2, 4, 4)),
         "rows": [page.packed(torch.rand(steps, 4, 4, 4))] * concepts,

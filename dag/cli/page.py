@@ -45,7 +45,7 @@ from .report import Drawing
 from .setup import dropped
 
 TEMPLATE = Path(__file__).with_name("page.html")
-PICTURES = 16  # prompts and seeds that a page shows at most: SD 1.4 takes about 1.5 MB for each picture
+PICTURES = 16  # of one method that a page holds at most; one of 512 x 512 and 50 steps takes about 1 MB
 SIDE = 256  # pixels: what is not decoded is not stored larger
 
 
