@@ -199,17 +199,17 @@ def lanes(tab) -> dict[str, int]:
 
 
 def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
-    argv = ["--prompt", "a red circle on grey", "--prompt", HOSTILE, "--guidance", "none,dag", "--steps", "14"]
+    argv = ["--prompt", "a red circle on grey", "--prompt", HOSTILE, "--guidance", "none,dag", "--steps", "12"]
     assert sample.main([*argv, "--seed", "3", "--page", "--out", str(tmp_path)]) == 0
     entry = json.loads((tmp_path / "report.json").read_text())["pictures"][1]
-    steps = list(dag.sample(shapes, ["a red circle on grey", HOSTILE], dag.DAG(tokens), steps=14, seeds=[3, 3]))
+    steps = list(dag.sample(shapes, ["a red circle on grey", HOSTILE], dag.DAG(tokens), steps=12, seeds=[3, 3]))
     tab = opened(tmp_path / "index.html")
 
     # The numbers are report.json's and the loop's.
     where = entry["found"]["a red circle"]
     told = tab.inner_text("#summary")
     for number in (
-        f"guided on {entry['steps_guided']} of 14",
+        f"guided on {entry['steps_guided']} of 12",
         f"{entry['unet_rows']} UNet rows",
         f"at the {where['place']}",
     ):
@@ -222,16 +222,16 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
         ("Home", 0),
         ("ArrowRight", 1),
         ("ArrowLeft", 0),
-        ("End", 13),
-        *(("ArrowLeft", i) for i in range(12, 7, -1)),
+        ("End", 11),
+        *(("ArrowLeft", i) for i in range(10, 7, -1)),
     ):
         tab.keyboard.press(key)
-        assert tab.inner_text("#step") == f"step {i + 1} of 14, t = {steps[i].t}"
+        assert tab.inner_text("#step") == f"step {i + 1} of 12, t = {steps[i].t}"
         values = [float(x) for x in tab.locator("#inspector > .meter .value").all_inner_texts()]
         expected = [steps[i].A[0, 0, 9, 4], steps[i].A_acted[0, 0, 9, 4], steps[i].S[0, 9, 4]]
         assert values == pytest.approx([float(x) for x in expected], abs=0.016)
     here = sum(bool(step.guided[0] and step.S[0, 9, 4] > 0) for step in steps)
-    assert tab.inner_text(".told") == (f"Guided here on {here} of 14 steps." if here else "Never guided here.")
+    assert tab.inner_text(".told") == (f"Guided here on {here} of 12 steps." if here else "Never guided here.")
 
     # Words: those of the prompt, ranked; pointing at one draws its map.
     assert tab.locator("#words button").all_inner_texts() == [
@@ -273,12 +273,12 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
     tab.keyboard.press("Space")
     assert tab.get_attribute("#play", "aria-label") == "Pause"
     tab.wait_for_selector("#play[aria-label=Play]")
-    assert tab.evaluate("page.state.step") == 13
+    assert tab.evaluate("page.state.step") == 11
     box = tab.locator("#slider").bounding_box()
     tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert tab.evaluate("page.state.step") in (6, 7)
+    assert tab.evaluate("page.state.step") in (5, 6)
     tab.mouse.click(box["x"] + box["width"] - 9, box["y"] - 8)
-    assert tab.evaluate("page.state.step") == 13
+    assert tab.evaluate("page.state.step") == 11
 
     # Knobs: Algorithm 1 again on the recorded maps, as dag/ computes it.
     def replayed():
@@ -291,10 +291,10 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
         cfg = shapes.config.dag
         scalings = [replace(tokens.adapt(cfg.scaling), **data["knobs"])]
         acted, expected = torch.zeros(()), []
-        for A in torch.tensor(data["A"]).view(14, 1, 1, 16, 16):
+        for A in torch.tensor(data["A"]).view(12, 1, 1, 16, 16):
             acted = remember(A, acted, replace(cfg, scaling=scalings[0]), scalings)
             expected.append(scale_map(acted, scalings)[0, 0])
-        found = torch.tensor(data["S"], dtype=torch.float32).view(14, 16, 16)
+        found = torch.tensor(data["S"], dtype=torch.float32).view(12, 16, 16)
         assert torch.allclose(found, torch.stack(expected), rtol=0, atol=1e-3)
         return data["knobs"], sum(data["guided"])
 
@@ -302,7 +302,7 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
     for name, value in (("unsafe", 300), ("edit", 700), ("area_gain", 100), ("min_area", 50)):
         tab.evaluate(f"() => {{ const k = document.getElementById('knob-{name}'); k.value = {value}; k.oninput(); }}")
         knobs, guided = replayed()
-        assert name in knobs and f"would act on {guided} of 14" in tab.inner_text("#knobs-told")
+        assert name in knobs and f"would act on {guided} of 12" in tab.inner_text("#knobs-told")
         assert lanes(tab)["guided"] == guided
     tab.click("#reset")
     assert lanes(tab)["guided"] == entry["steps_guided"] and tab.evaluate("page.state.knobs") is None
@@ -310,7 +310,7 @@ def test_a_run_in_the_browser(opened, shapes, tokens, tmp_path):
     # The other prompt is text, whatever it says.
     tab.click(".choice >> nth=1")
     tab.wait_for_selector(".choice:nth-child(2)[aria-pressed=true]")
-    assert "nothing found; never guided; 28 UNet rows" in tab.inner_text("#summary")
+    assert "nothing found; never guided; 24 UNet rows" in tab.inner_text("#summary")
     assert tab.title() == "Detect-and-Guide, step by step" and tab.locator("img[src=x]").count() == 0
     assert HOSTILE.strip() in tab.text_content(".choice >> nth=1") or HOSTILE in tab.text_content(".choice >> nth=1")
     assert tab.text_content("#words").startswith("start</script><script>document")
