@@ -144,11 +144,12 @@ def run(args: argparse.Namespace) -> int:
     demonstration = is_demonstration(args)
     page = Page(sd, concepts, constants, scale) if (demonstration if args.page is None else args.page) else None
 
-    def draw(m: int, name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
+    def draw(
+        name: str, guidance: dag.Guidance, part: list[int]
+    ) -> tuple[list[report.Drawing], list[dag.Step], Recording | None]:
         began, title = time.time(), f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
         asked, seeds = ([jobs[k][key] for k in part] for key in ("prompt", "seed"))
-        recorded = part[: PICTURES - done] if page and done < PICTURES else []
-        recording = Recording(sd, concepts, len(recorded)) if recorded else None
+        recording = Recording(sd, concepts, min(len(part), PICTURES - done)) if page and done < PICTURES else None
         hooks = [*([] if guidance.tokens else blind), *(recording.hooks if recording else [])]
         loop, steps = dag.sample(sd, asked, guidance, args.steps, scale, seeds, *size, hooks=hooks), []
         try:
@@ -158,20 +159,20 @@ def run(args: argparse.Namespace) -> int:
                     recording.keep(step)
         except NumericsError:  # no picture is left; the steps show when each was lost
             pass
-        jobs_drawn = list(zip(asked, seeds, strict=True))
-        drawings = report.drawings(sd, jobs_drawn, name, guidance, steps, time.time() - began)
-        if recording:
-            page.add(m, recorded, drawings, steps, recording)
-        return drawings
+        pairs, seconds = list(zip(asked, seeds, strict=True)), time.time() - began
+        return report.drawings(sd, pairs, name, guidance, steps, seconds), steps, recording
 
     try:
         while done < len(todo):
             part, columns = todo[done : done + batch], []
             try:
                 for m, (name, guidance) in enumerate(guidances.items()):
-                    columns.append(draw(m, name, guidance, part))
-                    for k, drawing in zip(part, columns[-1], strict=True):
+                    drawings, steps, recording = draw(name, guidance, part)
+                    columns.append(drawings)
+                    for k, drawing in zip(part, drawings, strict=True):
                         records.save(k, m, drawing)
+                    if recording:
+                        page.add(m, part[: recording.images], drawings, steps, recording)
             except (RuntimeError, MemoryError) as e:
                 if not setup.out_of_memory(e):
                     raise
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
             read = setup.judge() if args.ckpt is None and size == (cfg.size, cfg.size) else None  # it knows no others
             pictures.save_png(report.sheet(shown, read), contact)
         records.write()
-        if page:
+        if page and page.pictures:
             page.write(index, records)
     if status == 0:
         for line in said:
@@ -208,7 +209,8 @@ def run(args: argparse.Namespace) -> int:
         failed = sum("failed" in entry for entry in entries.values())
         cut = f" (its first {SHEET} rows)" if len(todo) > SHEET else ""
         before = f", {known} of them from before" if known else ""
-        sheet = (f", {index} to move through the steps" if page else "") + (f", {contact}{cut}" if shown else "")
+        sheet = f", {index} to move through the steps" if page and page.pictures else ""
+        sheet += f", {contact}{cut}" if shown else ""
         print(f"{len(entries) - failed} pictures{before}{sheet} and {records.path}")
         if demonstration:
             print(expected.compare([drawing.image for row in shown for drawing in row]))

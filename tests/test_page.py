@@ -92,8 +92,13 @@ def test_written_by_sample(tmp_path, monkeypatch, capsys):
     argv = ["--prompt", HOSTILE, "--prompt", "a star", "--guidance", "none,dag", "--steps", "6"]
     assert sample.main([*argv, "--page", "--out", str(tmp_path / "a")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"4 pictures, {tmp_path / 'a' / 'index.html'} to move")
+
+    class Never:
+        def __init__(self, *args):
+            raise AssertionError("recorded, and nobody asked for it")
+
     for where in ("dag.recording.Recording", "dag.cli.page.Page"):
-        monkeypatch.setattr(where, None)
+        monkeypatch.setattr(where, Never)
     assert sample.main([*argv, "--out", str(tmp_path / "b")]) == 0
     assert not (tmp_path / "b" / "index.html").exists()
     written = contents(tmp_path / "a" / "index.html")
@@ -131,12 +136,15 @@ def test_says_what_it_lacks(tmp_path, monkeypatch):
     argv = [*argv[:-1], str(tmp_path / "b"), "--n-images", "3", "--batch-size", "1"]
     assert sample.main(argv) == 130
     written = contents(tmp_path / "b" / "index.html")
-    assert len(written["pictures"]) == 1 and "The run was stopped: 1 of 3 pictures were finished." in written["lacks"]
+    assert len(written["pictures"]) == 1 and "The run was stopped: 2 of 3 pictures were finished." in written["lacks"]
+    assert "1 of 2 pictures are on this page: " in written["lacks"][-1]
     monkeypatch.setattr("dag.cli.page.webp", real)
     monkeypatch.setattr("dag.cli.page.PICTURES", 16)
-    assert sample.main([*argv, "--resume"]) == 0
-    written = contents(tmp_path / "b" / "index-001.html")
-    assert written["lacks"][-1] == "2 of 3 pictures are on this page: another run drew the others."
+    for _ in "drawn", "nothing left to draw":
+        assert sample.main([*argv, "--resume"]) == 0
+    assert len(contents(tmp_path / "b" / "index.html")["pictures"]) == 1
+    written = contents(tmp_path / "b" / "index-002.html")
+    assert len(written["pictures"]) == 1 and "1 of 3 pictures are on this page: " in written["lacks"][-1]
 
 
 def test_packed():

@@ -142,7 +142,11 @@ class Page:
             said.append(f"The run was stopped: {total - missing} of {total} pictures were finished.")
         if here < total - missing:
             first = f"a page holds the first {PICTURES} that one run draws"
-            why = first if here >= PICTURES else "another run drew the others"
+            why = (
+                first
+                if here >= PICTURES
+                else "the others are another run's, or this one stopped before they were recorded"
+            )
             said.append(f"{here} of {total - missing} pictures are on this page: {why}.")
         return said
 
