@@ -56,6 +56,8 @@ def parser() -> Parser:
     add("--safety-text", metavar="TEXT", help=f"what guidance pushes away from (default: the token file's{authors})")
     add("--detect", type=Path, metavar="PICTURE", help="draw nothing; say what the tokens see in this picture")
     add("--save-maps", action="store_true", help="also write A of every step, as .npy and as a picture")
+    page = "also write index.html, one file to move through the steps (default: without arguments that change pictures)"
+    add("--page", action=argparse.BooleanOptionalAction, help=page)
     add("--out", type=Path, default=Path("out"), metavar="FOLDER", help="where the results go (default: out)")
     add("--resume", action="store_true", help="draw what is missing in --out of a run with the same settings")
     parser.add_constants()
@@ -67,8 +69,10 @@ def run(args: argparse.Namespace) -> int:
     import dag
     from dag.cli import expected, pictures, report, setup
     from dag.cli.drawing import draw, too_large
+    from dag.cli.page import PICTURES, Page
     from dag.cli.records import Records
     from dag.evaluation.baselines import SLD, by_name
+    from dag.recording import Recording
     from kernels.choice import WithoutMaps
 
     setup.writable(args.out)
@@ -134,23 +138,36 @@ def run(args: argparse.Namespace) -> int:
     batch = args.batch_size or max(1, 4 * 512 * 512 // (size[0] * size[1]))
     resumed, known = bool(entries), sum(k not in todo for k, _ in entries)
     said, shown, status, done, halved = [], [], 0, 0, False
+    demonstration = is_demonstration(args)
+    page = Page(sd, concepts, constants, scale) if (demonstration if args.page is None else args.page) else None
 
-    def column(name: str, guidance: dag.Guidance, part: list[int]) -> list[report.Drawing]:
+    def column(
+        name: str, guidance: dag.Guidance, part: list[int]
+    ) -> tuple[list[report.Drawing], list[dag.Step], Recording | None]:
         asked = [(jobs[k]["prompt"], jobs[k]["seed"]) for k in part]
-        title, hooks = (
-            f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}",
-            [] if guidance.tokens else blind,
-        )
-        return draw(sd, asked, name, guidance, args.steps, scale, size, hooks, title)
+        recording = Recording(sd, concepts, min(len(part), PICTURES - done)) if page and done < PICTURES else None
+        hooks, steps = [*([] if guidance.tokens else blind), *(recording.hooks if recording else [])], []
+
+        def watch(step: dag.Step) -> None:
+            steps.append(step)
+            if recording:
+                recording.keep(step)
+
+        title = f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
+        drawings = draw(sd, asked, name, guidance, args.steps, scale, size, hooks, title, watch)
+        return drawings, steps, recording
 
     try:
         while done < len(todo):
             part, columns = todo[done : done + batch], []
             try:
                 for m, (name, guidance) in enumerate(guidances.items()):
-                    columns.append(column(name, guidance, part))
-                    for k, drawing in zip(part, columns[-1], strict=True):
+                    drawings, steps, recording = column(name, guidance, part)
+                    columns.append(drawings)
+                    for k, drawing in zip(part, drawings, strict=True):
                         records.save(k, m, drawing)
+                    if recording:
+                        page.add(m, part[: recording.images], drawings, steps, recording)
             except (RuntimeError, MemoryError) as e:
                 if not setup.out_of_memory(e):
                     raise
@@ -171,19 +188,23 @@ def run(args: argparse.Namespace) -> int:
         status = 130
     finally:  # a picture that is finished is never lost, whatever stopped the next one
         contact = args.out / (f"contact-{todo[0]:03d}.png" if resumed and todo else "contact.png")
+        index = contact.with_name(contact.name.replace("contact", "index")).with_suffix(".html")
         if shown:
             read = setup.judge() if args.ckpt is None and size == (cfg.size, cfg.size) else None  # it knows no others
             pictures.save_png(report.sheet(shown, read), contact)
         records.write()
+        if page and page.pictures:
+            page.write(index, records)
     if status == 0:
         for line in said:
             print(line)
         failed = sum("failed" in entry for entry in entries.values())
         cut = f" (its first {SHEET} rows)" if len(todo) > SHEET else ""
         before = f", {known} of them from before" if known else ""
-        sheet = f", {contact}{cut}" if shown else ""
+        sheet = f", {index} to move through the steps" if page and page.pictures else ""
+        sheet += f", {contact}{cut}" if shown else ""
         print(f"{len(entries) - failed} pictures{before}{sheet} and {records.path}")
-        if is_demonstration(args):
+        if demonstration:
             print(expected.compare([drawing.image for row in shown for drawing in row]))
         if any(file is None for _, file in tokens):
             setup.warn_untrained(args, sd)
@@ -195,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
 
 def is_demonstration(args: argparse.Namespace) -> bool:
     """Whether these arguments draw the very pictures that come with the project."""
-    free = ("out", "device", "dtype", "attention", "compile", "batch_size", "save_maps", "debug")
+    free = ("out", "device", "dtype", "attention", "compile", "batch_size", "save_maps", "page", "debug")
     return set(changed(args, parser().parse_args([]))) <= set(free)
 
 

@@ -1,7 +1,7 @@
 """Detect-and-Guide on Stable Diffusion 1.4, from scratch.
 
 Reading order, from the loop down: sampling, guidance, scalers, cam, tokens, attention. If you know Stable Diffusion,
-stop after ddim and config. Then unet, vae, text, model. evaluation and cli serve the programs.
+stop after ddim and config. Then unet, vae, text, model. recording looks on; evaluation and cli serve the programs.
 
 Letters, the same in every file: b images or batch rows, h heads, n pixels of one layer, m text tokens, d channels per
 head, g guideline rows of all concepts, c channels (in cam: a guideline embedding), c_text text width, H x W latent
@@ -16,7 +16,8 @@ import importlib.metadata
 _HOME = {
     "DAG": "guidance", "Estimate": "guidance", "Guidance": "guidance", "Negative": "evaluation.baselines",
     "SEGA": "evaluation.baselines", "SLD": "evaluation.baselines", "GuidelineTokens": "tokens", "Hook": "attention",
-    "StableDiffusion": "model", "load": "model", "Step": "sampling", "detect": "sampling", "sample": "sampling",
+    "Recording": "recording", "StableDiffusion": "model", "load": "model", "Step": "sampling", "detect": "sampling",
+    "sample": "sampling",
 }  # fmt: skip
 __all__ = list(_HOME)
 

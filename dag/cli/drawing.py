@@ -1,7 +1,7 @@
 """Drawing a batch of pictures by one method, as both sample.py and the evaluation do."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
@@ -22,13 +22,18 @@ def draw(
     size: tuple[int, int],
     hooks: Sequence[Hook],
     title: str,
+    watch: Callable[[dag.Step], None] = lambda step: None,
 ) -> list[Drawing]:
-    """One picture for each (prompt, seed), side by side; size: height and width. A bar with a title shows the steps."""
+    """One picture for each (prompt, seed), side by side; size: height and width. A bar with a title shows the steps.
+
+    watch is told every step as it is made.
+    """
     began, (asked, seeds), done = time.time(), map(list, zip(*jobs, strict=True)), []
     loop = dag.sample(sd, asked, guidance, steps, scale, seeds, *size, hooks=hooks)
     try:
         for step in tqdm(loop, title, steps, unit="step", leave=False, disable=None):
             done.append(step)
+            watch(step)
     except NumericsError:  # no picture is left; the steps show when each was lost
         pass
     return drawings(sd, jobs, name, guidance, done, time.time() - began)
