@@ -172,7 +172,10 @@ def browser():
     if chromium is None:
         pytest.skip("no Chromium here; Debian has it as `chromium`")
     with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        try:
+            browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        except playwright.Error as e:
+            pytest.skip(f"{chromium} cannot be started here: {str(e).splitlines()[0]}")
         yield browser
         browser.close()
 

@@ -28,12 +28,9 @@ class Scorer:
         """The judge has no options."""
 
     def __init__(self, args: argparse.Namespace):
-        import torch
-
         from weights.checkpoint import sha256
         from weights.shapes.judge import FILE, Judge
 
-        torch.set_grad_enabled(False)
         self.judge = Judge.load()
         self.settings = {"judge": FILE.name, "sha256": sha256(FILE), "reference": self.reference()}
 
