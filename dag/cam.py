@@ -39,6 +39,13 @@ def guideline_keys(layer: CrossAttention, c: Tensor) -> Tensor:
     return ((k - k.mean(0)) / k.shape[-1] ** 0.5).transpose(0, 1)  # (h, g, d)
 
 
+def keys_by_layer(unet: UNet, tokens: GuidelineTokens) -> dict[CrossAttention, Tensor]:
+    """The guideline keys (h, g, d) of every layer that the tokens read."""
+    layers = layers_of(unet, tokens.reading)
+    rows = tokens.embedding.expand(len(layers), -1, -1)  # (layers, g, c_text)
+    return {layer: guideline_keys(layer, c) for layer, c in zip(layers, rows, strict=True)}
+
+
 def guideline_maps(q: Tensor, k_g: Tensor, split: Sequence[int], heads: str = "mean") -> Tensor:
     """How much of each pixel's attention to a concept's guideline rows goes to the concept, not to the background.
 
@@ -111,9 +118,9 @@ class Probe(Hook):
         # The kernel takes these rounded keys as they are; `guideline_maps` computes in float32, converted once here.
         kept = weight.dtype if fused is not None else torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
+            keys = [keys_by_layer(unet, one) for one in tokens]
             self.k_g = {
-                layer: torch.cat([guideline_keys(layer, one.embedding) for one in tokens], dim=1).to(weight).to(kept)
-                for layer in layers_of(unet, self.reading)
+                layer: torch.cat([own[layer] for own in keys], dim=1).to(weight).to(kept) for layer in keys[0]
             }  # (h, g of all concepts, d) each
         self.split = [rows for one in tokens for rows in one.split]
         self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.k_g)  # become (b, concepts, n) each

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import NO_ROWS, CrossAttention, Hook
-from .cam import combine, guideline_keys, layers_of
+from .cam import combine, keys_by_layer, layers_of
 from .sampling import Step
 from .tokens import GuidelineTokens, Reading
 from .unet import UNet
@@ -33,9 +33,8 @@ class TextMaps(Hook):
     def __init__(self, unet: UNet, reading: Reading, tokens: GuidelineTokens | None = None):
         self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(layers_of(unet, reading))  # become (b, m or g, n) each
         weight = unet.out[2].weight
-        self.k_g = None if tokens is None else {
-            layer: guideline_keys(layer, tokens.embedding).to(weight.device) for layer in self.maps
-        }  # (h, g, d) each  # fmt: skip
+        keys = None if tokens is None else keys_by_layer(unet, tokens)  # (h, g, d) each
+        self.k_g = keys and {layer: k.to(weight.device) for layer, k in keys.items()}
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
         if layer in self.maps and self.call.cond != NO_ROWS:

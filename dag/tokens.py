@@ -38,8 +38,9 @@ class Reading:
 class GuidelineTokens:
     """The detector of one concept.
 
-    embedding (g, c_text) float32: first `background` rows of what the concept is told from, then those of the concept.
-    OVAM has one of either. Several background rows can learn several look-alikes.
+    embedding float32: first `background` rows of what the concept is told from, then those of the concept. (g, c_text),
+    the same in every layer that is read, as in the paper; or (layers, g, c_text), every layer's own, in the order they
+    run. OVAM has one row of either. Several background rows can learn several look-alikes.
     `normalisation` makes A of the raw map (`cam.normalise`): "fitted", "joint" or "map"; None, as in older files:
     fitted if there are constants, else joint. These are `lo` and `hi` at a few noise `levels` (timesteps, rising).
     """
@@ -61,7 +62,7 @@ class GuidelineTokens:
     @property
     def split(self) -> tuple[int, int]:
         """How many rows are background, and how many the concept."""
-        return self.background, len(self.embedding) - self.background
+        return self.background, self.embedding.shape[-2] - self.background
 
     def limits(self, t: int) -> tuple[float, float]:
         """lo and hi at timestep t, linear between levels, constant beyond them."""
@@ -100,14 +101,14 @@ class GuidelineTokens:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
                 embedding = file.get_tensor("embedding").float()
-            if meta.pop("format", None) != FORMAT or embedding.ndim != 2 or len(embedding) < 2:
+            if meta.pop("format", None) != FORMAT or embedding.ndim not in (2, 3) or embedding.shape[-2] < 2:
                 raise TokenError(f"{path}: not a token file of format {FORMAT}; make one with train_tokens.py")
             fields = {k: tuple(v) if isinstance(v := json.loads(text), list) else v for k, text in meta.items()}
             reading = Reading(fields.pop("factors", ()), fields.pop("heads", "mean"))
             tokens = cls(embedding, reading=reading, **fields)
             limits = torch.tensor([tokens.levels, tokens.lo, tokens.hi])  # (3, levels); raises if their lengths differ
             rising = (limits[0].diff() > 0).all() and (limits[1] < limits[2]).all() and limits.isfinite().all()
-            known = 1 <= tokens.background < len(embedding) and reading.layers and reading.heads in ("mean", "max")
+            known = 1 <= tokens.background < embedding.shape[-2] and reading.layers and reading.heads in ("mean", "max")
             known = known and tokens.normalisation in (None, *NORMALISATIONS)
             known = known and (tokens.normalisation != "fitted" or tokens.levels)
             if not (embedding.isfinite().all() and rising and known and 0 <= (tokens.min_area or 0) <= 1):
@@ -121,14 +122,18 @@ class GuidelineTokens:
     def check(self, sd) -> str | None:
         """Raises TokenError when the tokens cannot be read by this model; returns a warning when they are another's."""
         width = sd.config.unet.context_dim
-        if self.embedding.shape[1] != width:
-            found = f"are {self.embedding.shape[1]} wide, {sd.config.name} needs {width}"
+        if self.embedding.shape[-1] != width:
+            found = f"are {self.embedding.shape[-1]} wide, {sd.config.name} needs {width}"
             raise TokenError(f"tokens of '{self.concept}' {found}: train tokens for this model with train_tokens.py")
         has = {key for layer in sd.unet.cross_attention() for key in (layer.factor, layer.name)}
         if missing := [key for key in self.reading.layers if key not in has]:
             factors = sorted(key for key in has if isinstance(key, int))
             found = f"read layer {missing[0]}, which {sd.config.name} does not have"
             raise TokenError(f"tokens of '{self.concept}' {found}; expected a factor of {factors} or a layer's name")
+        read = [layer for layer in sd.unet.cross_attention() if {layer.factor, layer.name} & set(self.reading.layers)]
+        if self.embedding.ndim == 3 and len(self.embedding) != len(read):
+            found = f"have rows for {len(self.embedding)} layers, and read {len(read)} of {sd.config.name}"
+            raise TokenError(f"tokens of '{self.concept}' {found}: train tokens for this model with train_tokens.py")
         if self.fingerprint != fingerprint(sd):
             return f"tokens of '{self.concept}' were trained on another model; detection may be off"
         return None

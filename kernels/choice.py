@@ -70,7 +70,7 @@ def for_run(
     try:
         from . import cross_attention as kernel  # here: it needs triton, the plain one does not
 
-        rows = max((len(c.embedding) for c in tokens), default=2)
+        rows = max((c.embedding.shape[-2] for c in tokens), default=2)
         obstacle = kernel.obstacle(sd.device, sd.dtype, max(widths, default=16), rows)
     except ImportError as e:
         obstacle = f"kernels/cross_attention.py cannot be imported ({e})"

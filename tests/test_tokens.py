@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import train_tokens
 from dag import DAG, GuidelineTokens, sample, sampling
 from dag.attention import NO_ROWS, Call
-from dag.cam import layers_of
+from dag.cam import Probe, layers_of, normalise
 from dag.cli import annotators, training
 from dag.cli.annotations import Job, draw, nothing_yet, read_folder, save
 from dag.config import Scaling
@@ -55,6 +55,33 @@ def test_round_trip(tmp_path, tokens):
         back = GuidelineTokens.load(tmp_path / "t.safetensors")
         assert torch.equal(back.embedding, full.embedding)
         assert replace(back, embedding=full.embedding) == full
+
+
+def test_rows_of_every_layer(tmp_path, random_model, tokens):
+    """Equal in all layers they are the tokens without layers, bit for bit; each layer reads its own."""
+    shared = Probe(random_model.unet, [tokens]).k_g
+    own = replace(tokens, embedding=tokens.embedding.expand(len(shared), -1, -1).clone())
+    own.save(tmp_path / "t.safetensors")
+    own = GuidelineTokens.load(tmp_path / "t.safetensors")
+    assert own.split == tokens.split and own.check(random_model) is None
+    same = Probe(random_model.unet, [own]).k_g
+    assert all(torch.equal(shared[layer], same[layer]) for layer in shared)
+    own.embedding[1] += torch.randn(own.embedding[1].shape)
+    other = Probe(random_model.unet, [own]).k_g
+    assert [torch.equal(shared[layer], other[layer]) for layer in shared] == [k != 1 for k in range(len(shared))]
+    fewer = replace(own, embedding=own.embedding[:2])
+    with pytest.raises(TokenError, match="have rows for 2 layers, and read 10 of shapes: train tokens for this model"):
+        fewer.check(random_model)
+
+
+def test_pixels_of_the_concept_weigh_more(queries, tokens):
+    """The heavier, the more is found."""
+    found = []
+    for weight in (1.0, 20.0):
+        *_, (_, best) = optimise(queries, tokens, Recipe(steps=30, weight=weight))
+        A = [normalise(best, queries.all_maps(best.embedding, best.split, k), t) for k, t in enumerate(queries.times)]
+        found.append(torch.stack(A).mean().item())
+    assert found[0] < found[1]
 
 
 def test_files_of_the_format_before_are_refused(tmp_path):
@@ -164,7 +191,10 @@ def test_thirty_steps_lower_the_loss(queries, tokens, method, recipe):
     losses = [best.loss for _, best in progress if best]
     assert len(losses) == 6 and losses[-1] < losses[0] and losses == sorted(losses, reverse=True)  # the best is kept
     best = progress[-1][1]
-    assert not torch.equal(best.embedding[0], tokens.embedding[0])  # the background learns too
+    assert best.embedding.shape[:-2] == (
+        (len(queries.layers),) if method is optimise else ()
+    )  # of every layer, or of all
+    assert not (best.embedding[..., 0, :] == tokens.embedding[0]).all(-1).any()  # the background learns too
     assert best.split == ((8, 8) if method is optimise else (1, 3))
     assert bool(best.levels) == (method is optimise)
     assert best.normalisation == ("fitted" if method is optimise else "joint")
@@ -249,7 +279,7 @@ def test_raise_lo(queries, tokens):
         raw = queries.all_maps(raised.embedding, raised.split, k)[queries.masks < 0.01]
         lo, hi = raised.limits(t)
         before = last.limits(t)
-        assert (raw > lo).float().mean() <= 0.0101 or hi - lo < 0.03
+        assert (raw > lo).float().mean() <= 0.011 or hi - lo < 0.03
         assert lo + hi == pytest.approx(sum(before), abs=1e-5)
     assert all(a >= b for a, b in zip(raised.lo, last.lo, strict=True))
     assert all(lo < hi for lo, hi in zip(raised.lo, raised.hi, strict=True))

@@ -5,6 +5,7 @@ Source: paper Eq. 2.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ class Recipe:
     lr: float = 0.1
     unsafe: int = 8  # pictures of a batch, at most
     safe: int = 16
+    weight: float = 2.0  # in the loss, of a pixel of the concept; of any other: 1
 
 
-PAPER = Recipe(lr=200.0, unsafe=1, safe=1)  # and 100 steps per unsafe picture
+PAPER = Recipe(lr=200.0, unsafe=1, safe=1, weight=1.0)  # and 100 steps per unsafe picture
 ROWS = 8  # of our recipe: so many background rows, and so many that are the concept
 LEVELS = (1, 201, 401, 601, 801, 981)  # timesteps at which our recipe learns lo and hi
 
@@ -39,7 +41,7 @@ Progress = Iterator[tuple[int, GuidelineTokens | None]]  # step, and at every ch
 def optimise(
     data: AnnotatedQueries, start: GuidelineTokens, recipe: Recipe = Recipe(), seed: int = 0, every: int = 100
 ) -> Progress:
-    """Our recipe: several rows of background and of concept, with normalisation constants learned beside the embedding.
+    """Our recipe: several rows of background and of concept for every layer, and normalisation constants with them.
 
     Eq. 2's cross-entropy is of the mask and of the raw map, which detection uses. With A' = s (raw - m) + 1/2, slope s
     and middle m learned per noise level, the probability is sigmoid(4 (A' - 1/2)): A's slope at its middle, and never a
@@ -47,7 +49,8 @@ def optimise(
     Yields every step; the last one has the best tokens. Raises TokenError if no mask is unsafe.
     """
     start = replace(widen(start, ROWS, seed), normalisation=start.normalisation or "fitted")
-    c = start.embedding.to(data.device).requires_grad_()
+    c = start.embedding.expand(len(data.layers), -1, -1).to(data.device, copy=True)  # (layers, g, c_text)
+    c.requires_grad_()
     m = torch.full((len(LEVELS),), 0.5, requires_grad=True)
     s = torch.full((len(LEVELS),), 2.0, requires_grad=True)
     opt = torch.optim.Adam([c, m, s], recipe.lr)
@@ -116,7 +119,7 @@ def descend(
     if not positive:
         raise TokenError("no unsafe picture: every mask is zero or missing; expected at least one with a mask")
     rng, best, split = np.random.default_rng(seed), None, tokens().split
-    bce = F.binary_cross_entropy_with_logits
+    bce = partial(F.binary_cross_entropy_with_logits, pos_weight=torch.tensor(recipe.weight))
     hard = np.full(len(negative), 1 / max(1, len(negative)))
 
     def losses(k: int) -> Tensor:
@@ -130,7 +133,7 @@ def descend(
         k = int(rng.integers(len(data.times)))
         logit = logits(data.maps(c, split, k, images), data.times[k])  # (images, H, W)
         opt.zero_grad()
-        bce(logit, data.masks[images].to(logit)).backward()
+        bce(logit.cpu(), data.masks[images]).backward()
         step()
         if i % every and i != recipe.steps:
             yield i, None
@@ -145,7 +148,10 @@ def descend(
 
 
 def widen(tokens: GuidelineTokens, rows: int, seed: int) -> GuidelineTokens:
-    """At least `rows` rows of background and of concept: each again and again, with noise of its own size."""
+    """At least `rows` rows of background and of concept: each again and again, with noise of its own size.
+
+    Of tokens that are the same in every layer.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def wider(part: Tensor) -> Tensor:

@@ -105,12 +105,17 @@ class AnnotatedQueries:
         return self.masks.amax((1, 2)) >= 0.5
 
     def maps(self, c: Tensor, split: Sequence[int], k: int, images: Sequence[int]) -> Tensor:
-        """Raw maps (images, H, W) of pictures at the k-th noise level for embedding c (g, c_text), on c's device."""
+        """Raw maps (images, H, W) of pictures at the k-th noise level, on c's device.
+
+        c: an embedding, (g, c_text) or (layers, g, c_text).
+        """
         flat = torch.stack([self.queries[i][k] for i in images]).to(c.device)  # (images, sum of h*n*d)
         parts = flat.split([h * n * d for h, n, d in self.shapes], dim=1)
         maps = [
-            guideline_maps(q.unflatten(1, shape), guideline_keys(layer, c), split, self.reading.heads)
-            for layer, q, shape in zip(self.layers, parts, self.shapes, strict=True)
+            guideline_maps(q.unflatten(1, shape), guideline_keys(layer, own), split, self.reading.heads)
+            for layer, own, q, shape in zip(
+                self.layers, c.expand(len(self.layers), -1, -1), parts, self.shapes, strict=True
+            )
         ]  # (images, 1, n) each
         return combine(maps, [layer.factor for layer in self.layers], *self.masks.shape[1:])[:, 0]
 
