@@ -141,33 +141,25 @@ def run(args: argparse.Namespace) -> int:
     demonstration = is_demonstration(args)
     page = Page(sd, concepts, constants, scale) if (demonstration if args.page is None else args.page) else None
 
-    def column(
-        name: str, guidance: dag.Guidance, part: list[int]
-    ) -> tuple[list[report.Drawing], list[dag.Step], Recording | None]:
+    def column(name: str, guidance: dag.Guidance, part: list[int]) -> tuple[list[report.Drawing], Recording | None]:
         asked = [(jobs[k]["prompt"], jobs[k]["seed"]) for k in part]
         recording = Recording(sd, concepts, min(len(part), PICTURES - done)) if page and done < PICTURES else None
-        hooks, steps = [*([] if guidance.tokens else blind), *(recording.hooks if recording else [])], []
-
-        def watch(step: dag.Step) -> None:
-            steps.append(step)
-            if recording:
-                recording.keep(step)
-
+        hooks = [*([] if guidance.tokens else blind), *(recording.hooks if recording else [])]
+        watch = recording.keep if recording else None
         title = f"{name}, pictures {done + 1} to {done + len(part)} of {len(todo)}"
-        drawings = draw(sd, asked, name, guidance, args.steps, scale, size, hooks, title, watch)
-        return drawings, steps, recording
+        return draw(sd, asked, name, guidance, args.steps, scale, size, hooks, title, watch), recording
 
     try:
         while done < len(todo):
             part, columns = todo[done : done + batch], []
             try:
                 for m, (name, guidance) in enumerate(guidances.items()):
-                    drawings, steps, recording = column(name, guidance, part)
+                    drawings, recording = column(name, guidance, part)
                     columns.append(drawings)
                     for k, drawing in zip(part, drawings, strict=True):
                         records.save(k, m, drawing)
                     if recording:
-                        page.add(m, part[: recording.images], drawings, steps, recording)
+                        page.add(m, part[: recording.images], drawings, recording)
             except (RuntimeError, MemoryError) as e:
                 if not setup.out_of_memory(e):
                     raise

@@ -25,7 +25,7 @@ AttentionWithMaps = Callable[[Tensor, Tensor, Tensor, Tensor, list[int], list[in
 
 def layers_of(unet: UNet, reading: Reading) -> list[CrossAttention]:
     """The cross-attention layers that a reading names, in the order they run."""
-    return [layer for layer in unet.cross_attention() if {layer.factor, layer.name} & set(reading.layers)]
+    return [layer for layer in unet.cross_attention() if reading.has(layer)]
 
 
 def guideline_keys(layer: CrossAttention, c: Tensor) -> Tensor:
@@ -39,11 +39,10 @@ def guideline_keys(layer: CrossAttention, c: Tensor) -> Tensor:
     return ((k - k.mean(0)) / k.shape[-1] ** 0.5).transpose(0, 1)  # (h, g, d)
 
 
-def keys_by_layer(unet: UNet, tokens: GuidelineTokens) -> dict[CrossAttention, Tensor]:
-    """The guideline keys (h, g, d) of every layer that the tokens read."""
-    layers = layers_of(unet, tokens.reading)
-    rows = tokens.embedding.expand(len(layers), -1, -1)  # (layers, g, c_text)
-    return {layer: guideline_keys(layer, c) for layer, c in zip(layers, rows, strict=True)}
+def keys_by_layer(layers: Sequence[CrossAttention], c: Tensor) -> dict[CrossAttention, Tensor]:
+    """The guideline keys (h, g, d) of each layer, for an embedding (g, c_text) or (layers, g, c_text)."""
+    rows = c.expand(len(layers), -1, -1)  # (layers, g, c_text)
+    return {layer: guideline_keys(layer, own) for layer, own in zip(layers, rows, strict=True)}
 
 
 def guideline_maps(q: Tensor, k_g: Tensor, split: Sequence[int], heads: str = "mean") -> Tensor:
@@ -117,10 +116,11 @@ class Probe(Hook):
         weight = unet.out[2].weight  # its device and dtype are those of all keys
         # The kernel takes these rounded keys as they are; `guideline_maps` computes in float32, converted once here.
         kept = weight.dtype if fused is not None else torch.promote_types(weight.dtype, torch.float32)
+        layers = layers_of(unet, self.reading)
         with torch.no_grad():
-            keys = [keys_by_layer(unet, one) for one in tokens]
+            keys = [keys_by_layer(layers, one.embedding) for one in tokens]
             self.k_g = {
-                layer: torch.cat([own[layer] for own in keys], dim=1).to(weight).to(kept) for layer in keys[0]
+                layer: torch.cat([own[layer] for own in keys], dim=1).to(weight).to(kept) for layer in layers
             }  # (h, g of all concepts, d) each
         self.split = [rows for one in tokens for rows in one.split]
         self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(self.k_g)  # become (b, concepts, n) each

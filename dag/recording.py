@@ -33,7 +33,7 @@ class TextMaps(Hook):
     def __init__(self, unet: UNet, reading: Reading, tokens: GuidelineTokens | None = None):
         self.maps: dict[CrossAttention, Tensor] = dict.fromkeys(layers_of(unet, reading))  # become (b, m or g, n) each
         weight = unet.out[2].weight
-        keys = None if tokens is None else keys_by_layer(unet, tokens)  # (h, g, d) each
+        keys = None if tokens is None else keys_by_layer(list(self.maps), tokens.embedding)  # (h, g, d) each
         self.k_g = keys and {layer: k.to(weight.device) for layer, k in keys.items()}
 
     def attention(self, layer: CrossAttention, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -63,10 +63,12 @@ class Recording:
     def __init__(self, sd, tokens: Sequence[GuidelineTokens], images: int | None = None):
         self.images, reading = images, reading_of(sd, tokens)
         self.hooks = [TextMaps(sd.unet, reading, one) for one in (None, *tokens)]
+        self.steps: list[Step] = []
         self.kept: list[list[Tensor]] = []  # per step: (b, m, h, w), then (b, g, h, w) of each concept
 
     def keep(self, step: Step) -> None:
-        """Keep what the hooks saw in a step that was just yielded."""
+        """Keep a step that was just yielded, and what the hooks saw in it."""
+        self.steps.append(step)
         H, W = step.x.shape[2:]
         factor = max(1, min(H, W) // GRID)
         seen = [F.avg_pool2d(hook.read(H, W)[: self.images], factor) for hook in self.hooks]  # (b, m or g, h, w) each

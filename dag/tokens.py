@@ -33,6 +33,10 @@ class Reading:
     layers: tuple[int | str, ...]  # a number: every layer whose grid is that many times smaller; a string: its name
     heads: str = "mean"  # or "max"
 
+    def has(self, layer) -> bool:
+        """Whether a cross-attention layer is one of them."""
+        return layer.factor in self.layers or layer.name in self.layers
+
 
 @dataclass(frozen=True)
 class GuidelineTokens:
@@ -130,9 +134,9 @@ class GuidelineTokens:
             factors = sorted(key for key in has if isinstance(key, int))
             found = f"read layer {missing[0]}, which {sd.config.name} does not have"
             raise TokenError(f"tokens of '{self.concept}' {found}; expected a factor of {factors} or a layer's name")
-        read = [layer for layer in sd.unet.cross_attention() if {layer.factor, layer.name} & set(self.reading.layers)]
-        if self.embedding.ndim == 3 and len(self.embedding) != len(read):
-            found = f"have rows for {len(self.embedding)} layers, and read {len(read)} of {sd.config.name}"
+        read = sum(map(self.reading.has, sd.unet.cross_attention()))
+        if self.embedding.ndim == 3 and len(self.embedding) != read:
+            found = f"have rows for {len(self.embedding)} layers, and read {read} of {sd.config.name}"
             raise TokenError(f"tokens of '{self.concept}' {found}: train tokens for this model with train_tokens.py")
         if self.fingerprint != fingerprint(sd):
             return f"tokens of '{self.concept}' were trained on another model; detection may be off"

@@ -133,7 +133,7 @@ def descend(
         k = int(rng.integers(len(data.times)))
         logit = logits(data.maps(c, split, k, images), data.times[k])  # (images, H, W)
         opt.zero_grad()
-        bce(logit.cpu(), data.masks[images]).backward()
+        bce(logit, data.masks[images].to(logit)).backward()
         step()
         if i % every and i != recipe.steps:
             yield i, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dag.attention import NO_ROWS, CrossAttention, Hook
-from dag.cam import combine, guideline_keys, guideline_maps, layers_of, normalise
+from dag.cam import combine, guideline_maps, keys_by_layer, layers_of, normalise
 from dag.config import NORMALISATIONS, Scaling
 from dag.scalers import objects
 from dag.tokens import GuidelineTokens, Reading
@@ -112,10 +112,8 @@ class AnnotatedQueries:
         flat = torch.stack([self.queries[i][k] for i in images]).to(c.device)  # (images, sum of h*n*d)
         parts = flat.split([h * n * d for h, n, d in self.shapes], dim=1)
         maps = [
-            guideline_maps(q.unflatten(1, shape), guideline_keys(layer, own), split, self.reading.heads)
-            for layer, own, q, shape in zip(
-                self.layers, c.expand(len(self.layers), -1, -1), parts, self.shapes, strict=True
-            )
+            guideline_maps(q.unflatten(1, shape), k_g, split, self.reading.heads)
+            for k_g, q, shape in zip(keys_by_layer(self.layers, c).values(), parts, self.shapes, strict=True)
         ]  # (images, 1, n) each
         return combine(maps, [layer.factor for layer in self.layers], *self.masks.shape[1:])[:, 0]
 

@@ -22,7 +22,7 @@ def draw(
     size: tuple[int, int],
     hooks: Sequence[Hook],
     title: str,
-    watch: Callable[[dag.Step], None] = lambda step: None,
+    watch: Callable[[dag.Step], None] | None = None,
 ) -> list[Drawing]:
     """One picture for each (prompt, seed), side by side; size: height and width. A bar with a title shows the steps.
 
@@ -33,7 +33,8 @@ def draw(
     try:
         for step in tqdm(loop, title, steps, unit="step", leave=False, disable=None):
             done.append(step)
-            watch(step)
+            if watch:
+                watch(step)
     except NumericsError:  # no picture is left; the steps show when each was lost
         pass
     return drawings(sd, jobs, name, guidance, done, time.time() - began)

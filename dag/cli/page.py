@@ -72,12 +72,11 @@ class Page:
         self.pictures: dict[int, dict] = {}  # by number of the picture
         self.first: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}  # of this batch: x0 and what is decoded of it
 
-    def add(
-        self, m: int, numbers: list[int], drawings: list[Drawing], steps: list[dag.Step], recording: Recording
-    ) -> None:
+    def add(self, m: int, numbers: list[int], drawings: list[Drawing], recording: Recording) -> None:
         """Take up the pictures of these numbers, the first of a batch by method number m, and what was recorded."""
         if m == 0:
             self.first = {}
+        steps = recording.steps
         self.t = max(self.t, [step.t for step in steps], key=len)  # a batch that failed ends early
         words, *rows = recording.read()  # (b, steps, m, h, w), (b, steps, g, h, w) each
         x0 = torch.stack([step.x0 for step in steps], 1).float().cpu()  # (b, steps, 4, H, W)
