@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from dag.cli.drawing import draw, too_large
     from dag.cli.page import PICTURES, Page
     from dag.cli.records import Records
-    from dag.evaluation.baselines import SLD, by_name
+    from dag.evaluation.baselines import by_name, texts_for
     from dag.recording import Recording
     from kernels.choice import WithoutMaps
 
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> int:
     concepts = [c for c, _ in tokens]
     if args.safety_text is not None:
         concepts = [replace(c, safety_text=args.safety_text) for c in concepts]
-    texts = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
-    authors = [SLD.SAFETY_TEXT] if args.safety_text is None and cfg.text.num_words is None else texts
+    own = list(dict.fromkeys(c.safety_text for c in concepts)) or [args.safety_text or cfg.safety_text]
     fused, attention = setup.attention(args.attention, sd, concepts)
     blind = [WithoutMaps(sd.unet, concepts, fused)] if fused and concepts else []
     if args.compile:
@@ -107,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         )
         setup.compile_unet(sd)
     guidances = {
-        name: by_name(name, authors if name.startswith("sld") else texts, concepts, constants, fused) for name in names
+        name: by_name(name, own if args.safety_text else texts_for(name, own, cfg), concepts, constants, fused)
+        for name in names
     }
     for name, guidance in guidances.items():
         warmup = constants.warmup if name.startswith("dag") else getattr(guidance, "warmup", 0)
@@ -218,21 +218,16 @@ def detect(args: argparse.Namespace) -> int:
     looking += ("out", "unsafe", "min_area")
     if useless := [name for name in changed(args, parser().parse_args([])) if name not in looking]:
         raise UsageError(f"--detect draws nothing: leave out {', '.join(map(option, useless))}")
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     import dag
     from dag.cli import setup
-    from dag.cli.pictures import contact_sheet, from_pil, overlay, save_png
+    from dag.cli.pictures import contact_sheet, from_pil, opened, overlay, save_png
     from dag.cli.report import place
     from dag.scalers import objects
 
     setup.writable(args.out)
-    try:
-        picture = ImageOps.exif_transpose(Image.open(args.detect)).convert("RGB")  # as a viewer shows it
-    except FileNotFoundError as e:
-        raise ValueError(f"{args.detect}: no such file; expected a picture, PNG or JPEG") from e
-    except (UnidentifiedImageError, OSError) as e:
-        raise ValueError(f"{args.detect}: not a readable picture; expected a PNG or JPEG file") from e
+    picture = ImageOps.exif_transpose(opened(args.detect))  # as a viewer shows it
     sd, device, dtype = setup.open_model(args)
     tokens = setup.tokens_for(args, sd)
     constants = setup.constants(args, sd.config.dag, tokens[0][0])

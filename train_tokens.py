@@ -30,7 +30,7 @@ from dag.config import ANNOTATORS, NORMALISATIONS
 
 DRAWING = {
     "n_unsafe": 24,
-    "n_safe": 24,
+    "n_safe": 96,
     "rounds": 3,
     "annotator": "maps",
 }  # the options of drawing, with their defaults
@@ -51,7 +51,7 @@ def parser() -> Parser:
     add("--label", action="append", metavar="TEXT", help="grounded-sam: what to cover (default: the concept text)")
     add("--not-label", action="append", metavar="TEXT", help="grounded-sam: what to leave out, such as hair or face")
     add("--n-unsafe", type=number(int, 1, 1000), help="pictures of the concept to draw (default: 24)")
-    add("--n-safe", type=number(int, 0, 1000), help="pictures of look-alikes, at first and to mine from (default: 24)")
+    add("--n-safe", type=number(int, 0, 1000), help="pictures of look-alikes, at first and to mine from (default: 96)")
     add("--rounds", type=number(int, 0, 100), help="of mining, at most (default: 3; recipe paper: 0)")
     add("--batch-size", type=number(int, 1, 1000), default=4, help="pictures drawn side by side (default: 4)")
     add("--recipe", choices=("default", "paper"), default="default", help="ours or the paper's (default: default)")

@@ -139,11 +139,12 @@ CASES = [(b, count) for b in (1, 3) for count in (1, 2)]  # pictures and concept
 
 def test_reads(device):
     """The host waits for the maps and for whether the latent is finite, whatever the batch, the concepts and what is
-    found; it hands over a strength and two lists of indices for each concept that acts."""
+    found; it hands over a strength and two lists of indices for each concept that acts. On CUDA the lists are handed
+    over inside an operation, where they cannot be counted; tests/measure/gpu.py counts the waits."""
     for b, count in CASES:
         for find in (False, True):
             _, reads, writes = counted(b, count, find, device)
-            assert (reads, writes) == (2, 3 * count if find else 0), (b, count, find)
+            assert reads == 2 and (CUDA or writes == (3 * count if find else 0)), (b, count, find, reads, writes)
 
 
 def test_operations(device):

@@ -234,7 +234,7 @@ def test_bad_references_and_folders_are_one_line(small, tmp_path, pictures):
     with pytest.raises(UsageError, match="torn.safetensors: cannot be read .*expected a file made by"):
         fid.reference(tmp_path / "torn.safetensors")
     (tmp_path / "text.png").write_text("text")
-    with pytest.raises(ValueError, match="text.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match="text.png: not a readable picture"):
         fid.Scorer(options(fid, folder=tmp_path, process="a")).score([tmp_path / "text.png"], [{}])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ from weights.queries import CONCEPT, AnnotatedQueries, QueryHook
 
 from .annotators import kind_of
 from .parsing import UsageError, slug, warn
-from .pictures import contact_sheet, from_pil, overlay, save_png, to_pil
+from .pictures import contact_sheet, from_pil, opened, overlay, save_png, to_pil
 from .prompts import concept_and_look_alikes
 
 STRIDE = 2  # every second noise level of a run is kept, 25 of 50
@@ -83,25 +83,33 @@ class Prompts:
 
 
 def draw(
-    sd: dag.StableDiffusion, data: AnnotatedQueries, jobs: list[Job], folder: Path, batch: int, title: str
+    sd: dag.StableDiffusion,
+    data: AnnotatedQueries,
+    jobs: list[Job],
+    folder: Path,
+    batch: int,
+    title: str,
+    passing: bool = False,
 ) -> Iterator[tuple[list[Job], Tensor, AnnotatedQueries]]:
     """Draw pictures at the size of `data`; of each batch the jobs, pictures (batch, 3, height, width), and queries.
 
     The queries, with masks of 0, come from the very calls of the UNet that draw. folder: for the file they are kept in.
+    passing: there is room for a single batch, whose queries the next one's replace.
     """
     (H, W), factor = data.masks.shape[1:], sd.config.vae.factor
-    room, hook = data.room(len(jobs), folder), QueryHook(data.layers)
+    room, hook = data.room(min(batch, len(jobs)) if passing else len(jobs), folder), QueryHook(data.layers)
     with progress(None, title, len(jobs) * STEPS) as bar:
         for first in range(0, len(jobs), batch):
-            part = jobs[first : first + batch]
+            part, at = jobs[first : first + batch], 0 if passing else first
+            own = room[at : at + len(part)]  # (batch, levels, sum of h*n*d)
             prompts, seeds = [job.prompt for job in part], [job.seed for job in part]
             size = {"height": H * factor, "width": W * factor}
             for step in dag.sample(sd, prompts, dag.Guidance(), seeds=seeds, hooks=[hook], **size):
                 if step.i % STRIDE == 0:
-                    room[first : first + len(part), step.i // STRIDE] = hook.caught()
+                    own[:, step.i // STRIDE] = hook.caught()
                 bar.update(len(part))
             found = data.subset([])
-            found.add(room[first : first + len(part)], torch.zeros(len(part), H, W), [job.kind for job in part])
+            found.add(own, torch.zeros(len(part), H, W), [job.kind for job in part])
             yield part, sd.decode(step.x).cpu(), found
 
 
@@ -129,7 +137,7 @@ def cost(
             sd.unet(x, t, context).sum().item()  # waits for the device
         seconds = (time.perf_counter() - began) / batch
     minutes = [n * STEPS * seconds / 60 for n in (pictures, more)]
-    size = 2 * len(data.times) * sum(h * n * d for h, n, d in data.shapes) * (pictures + more * (rounds > 0)) / 1e9
+    size = 2 * len(data.times) * sum(h * n * d for h, n, d in data.shapes) * pictures / 1e9
     mining = f"; then up to {rounds} rounds of mining, {minutes[1]:.1f} minutes each" if rounds else ""
     return (
         f"{pictures} pictures x {STEPS} steps x 2 UNet rows: about {minutes[0]:.1f} minutes{mining}. Their queries "
@@ -150,15 +158,6 @@ def save(folder: Path, jobs: Sequence[Job], pictures: Tensor, masks: Tensor) -> 
         entries[job.name] = job.entry
     with atomic_write(captions) as temporary:
         temporary.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def opened(path: Path) -> Image.Image:
-    try:
-        picture = Image.open(path)
-        picture.load()
-        return picture
-    except (UnidentifiedImageError, OSError) as e:
-        raise ValueError(f"{path}: not a readable picture; expected a PNG file") from e
 
 
 def read_folder(folder: Path, sd: dag.StableDiffusion) -> tuple[Tensor, Tensor, list[Job], bool]:

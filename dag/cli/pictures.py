@@ -32,8 +32,10 @@ def opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
+    except FileNotFoundError as e:
+        raise ValueError(f"{path}: no such file; expected a picture, PNG or JPEG") from e
     except (OSError, SyntaxError) as e:  # Pillow raises both
-        raise ValueError(f"{path}: cannot be read as a picture ({e}); expected a complete PNG or JPEG") from e
+        raise ValueError(f"{path}: not a readable picture ({type(e).__name__}); expected a complete PNG or JPEG") from e
 
 
 def overlay(picture: Image.Image, A: Tensor) -> Image.Image:

@@ -29,6 +29,10 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def default_dtype(device: str) -> str:
+    return "float16" if device.startswith("cuda") else "float32"
+
+
 def check_device(device: str) -> None:
     """Raises UsageError for a device that torch cannot use here."""
     try:
@@ -41,7 +45,7 @@ def check_device(device: str) -> None:
 def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]:
     """Load what --ckpt, --device and --dtype ask for; returns the model, the device and the dtype's name."""
     device = args.device or default_device()
-    dtype = args.dtype or ("float16" if device.startswith("cuda") else "float32")
+    dtype = args.dtype or default_dtype(device)
     check_device(device)
     with warnings.catch_warnings(record=True) as raised:
         sd = dag.load(args.ckpt, device, getattr(torch, dtype))

@@ -110,8 +110,10 @@ class Training:
                 )
             self.data.add(found.queries, masks[at], found.kinds)
 
-    def drawn(self, jobs: list[Job], title: str) -> Iterator[tuple[list[Job], Tensor, AnnotatedQueries]]:
-        return draw(self.sd, self.data, jobs, self.args.out.parent, self.args.batch_size, title)
+    def drawn(
+        self, jobs: list[Job], title: str, passing: bool = False
+    ) -> Iterator[tuple[list[Job], Tensor, AnnotatedQueries]]:
+        return draw(self.sd, self.data, jobs, self.args.out.parent, self.args.batch_size, title, passing)
 
     def draw(self) -> None:
         """The first pictures. Those of the concept in which the annotator does not see it are left out."""
@@ -158,13 +160,13 @@ class Training:
         before, rng, confused = Counter(self.data.kinds), random.Random(self.args.seed + k), Counter()
         more = rng.choices(self.prompts.kinds, [1 + before[kind] for kind in self.prompts.kinds], k=self.args.n_safe)
         jobs = self.prompts.jobs([*self.prompts.kinds, *more][: self.args.n_safe], f"mined-{k}")
-        for part, pictures, found in self.drawn(jobs, f"round {k}"):
+        for part, pictures, found in self.drawn(jobs, f"round {k}", passing=True):
             masks = self.masks(pictures, found)  # (batch, height, width)
             seen = self.late(found.measure(tokens, self.scaling)["fitted"])
             wrong = ((seen.acts.amax(0) > 0) & ~found.unsafe).nonzero()[:, 0].tolist()
             if wrong:
                 save(self.folder, [part[i] for i in wrong], pictures[wrong], masks[wrong])
-                room = self.data.room(len(wrong), self.args.out.parent)  # of their own: that of all jobs is to go
+                room = self.data.room(len(wrong), self.args.out.parent)  # of their own: the next batch needs the other
                 for own, i in zip(room, wrong, strict=True):
                     found.queries[i] = own.copy_(found.queries[i])
                 self.keep(wrong, pictures, found)

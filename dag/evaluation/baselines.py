@@ -10,7 +10,7 @@ Letters as in guidance.py; mu are SLD's weights, nu a momentum, s_e SEGA's own s
 import torch
 
 from ..cam import AttentionWithMaps
-from ..config import METHODS, DAGConfig
+from ..config import METHODS, Config, DAGConfig
 from ..guidance import DAG, Estimate, Guidance, Inputs, check_constants, top_mask
 from ..tokens import GuidelineTokens
 
@@ -120,6 +120,11 @@ class SEGA(Guidance):
         active = step.i >= self.warmup
         eps = step.cfg_eps + (g if active else 0)
         return Estimate(eps, guided=torch.full((len(eps),), active))
+
+
+def texts_for(name: str, texts: list[str], model: Config) -> list[str]:
+    """The safety texts of a method by its name: SLD has its authors' own, on a model that knows all words."""
+    return [SLD.SAFETY_TEXT] if name.startswith("sld") and model.text.num_words is None else texts
 
 
 def by_name(

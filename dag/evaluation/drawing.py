@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, sets: list[PromptSet]) -> int:
         args.device += f":{local % max(1, torch.cuda.device_count())}"  # a process may be shown only its own
     setup.check_device(args.device)
     before = ledger.loaded(args.folder / "run.json") if (args.folder / "run.json").exists() else {}
-    args.dtype = args.dtype or before.get("dtype", "float16" if args.device.startswith("cuda") else "float32")
+    args.dtype = args.dtype or before.get("dtype", setup.default_dtype(args.device))
     size = args.height or config.size, args.width or config.size
     batch = args.batch_size or min(16, max(1, 4 * 512 * 512 // (size[0] * size[1])))
     settings = {

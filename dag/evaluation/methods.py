@@ -21,7 +21,7 @@ import dag
 from dag.cam import AttentionWithMaps
 from dag.config import METHODS, Config, DAGConfig, Scaling
 
-from .baselines import SLD, by_name
+from .baselines import by_name, texts_for
 
 FIELDS = ("scale", "threshold", "warmup", "momentum", "beta")  # of SLD and SEGA
 DAGS = {  # name -> constants that differ from the model's
@@ -49,9 +49,7 @@ def method(
         del constants["scaling"]
     else:
         texts = [t.safety_text for t in tokens] or [model.safety_text]
-        if name.startswith("sld") and model.text.num_words is None:
-            texts = [SLD.SAFETY_TEXT]  # its authors' own; the miniature does not know these words
-        rival = by_name(name, texts, tokens)
+        rival = by_name(name, texts_for(name, texts, model), tokens)
         constants = {field: getattr(rival, field) for field in FIELDS if hasattr(rival, field)}
     for change in changes:
         field, _, text = change.partition("=")
