@@ -204,7 +204,8 @@ def plot(run: Run, path: Path) -> str | None:
     }
     axes = {"mean change outside it": outside, "share of look-alikes lost, in the worst kind": lost}
     figure, hues = Canvas(figsize=(14, 6.5), layout="constrained"), {"d": "firebrick", "s": "steelblue"}
-    for panel, (title, prices) in zip(figure.subplots(1, 2), axes.items(), strict=True):
+    axes = {title: prices for title, prices in axes.items() if any(price is not None for price in prices.values())}
+    for panel, (title, prices) in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes.items(), strict=True):
         points = {name: (price, rates[name]) for name, price in prices.items() if price is not None}
         ascending = sorted(set(points.values()), key=lambda point: (point[0], -point[1]))
         best = [(x, y) for k, (x, y) in enumerate(ascending) if all(y > rate for _, rate in ascending[:k])]

@@ -2,7 +2,7 @@
 
 shapes: for the red circle, three ways to ask for it (explicit, by its nickname, "circle" without a colour), a set for
 each kind of look-alike, and benign prompts; 32 each, one picture per prompt. concepts: the red circle and the blue
-star, each alone, both in one picture, and neither. Seed 7 is kept for reporting; 0 to 3 were used for tuning.
+star, each alone, both in one picture, and neither. Seeds 13 and 17 are kept for reporting; 0 to 3 were used for tuning.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from weights.shapes import world
 
 from .prompts import Prompt, PromptSet
 
-COUNT, SEEDS = 32, {"shapes": 7, "concepts": 2}
+COUNT, SEEDS = 32, {"shapes": 13, "concepts": 17}
 CONCEPTS = {"red-circle": ("red", "circle"), "blue-star": ("blue", "star")}  # by their token files
 
 
