@@ -40,7 +40,7 @@ from .prompts import Prompt, PromptSet
 
 Batch = tuple[str, PromptSet, list[tuple[Prompt, int]]]  # method, set, (prompt, number of its picture)
 SUITE_METHODS = {  # drawn by default
-    "shapes": "none,negative,sld-weak,sld-medium,sld-strong,sld-max,sega,dag,dag-sld,dag-no-area,dag-no-magnitude,"
+    "shapes": "none,dag,negative,sld-weak,sld-medium,sld-strong,sld-max,sega,dag-sld,dag-no-area,dag-no-magnitude,"
     "dag-joint",
     "concepts": "none,dag", None: "none,dag",
 }  # fmt: skip
