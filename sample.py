@@ -117,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         warn(f"--save-maps: --guidance {','.join(names)} has no maps, nothing to save")
 
     settings = {
-        "model": str(args.ckpt or cfg.name), "origin": sd.origin, "steps": args.steps, "scale": scale,
+        "model": str(args.ckpt or cfg.name), "overlay": args.overlay and str(args.overlay), "origin": sd.origin,
+        "steps": args.steps, "scale": scale,
         "height": size[0], "width": size[1], "seed": args.seed, "n_images": args.n_images,
         "device": device, "dtype": dtype, "attention": attention, "compile": args.compile, "guidance": names,
         "tokens": [
@@ -215,7 +216,7 @@ def is_demonstration(args: argparse.Namespace) -> bool:
 def detect(args: argparse.Namespace) -> int:
     """What the tokens see in a picture: maps over it, a report, and a yes or no per concept."""
     looking = ("ckpt", "device", "dtype", "debug", "verify", "seed", "height", "width", "attention", "tokens", "detect")
-    looking += ("out", "unsafe", "min_area")
+    looking += ("out", "unsafe", "min_area", "overlay", "overlay_strength")
     if useless := [name for name in changed(args, parser().parse_args([])) if name not in looking]:
         raise UsageError(f"--detect draws nothing: leave out {', '.join(map(option, useless))}")
     from PIL import Image, ImageOps

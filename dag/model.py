@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kernels import convolution
 from weights import checkpoint, known
+from weights.overlay import Overlay
 
 from . import ddim
 from .config import SD14, SHAPES, Config
@@ -28,6 +29,7 @@ class StableDiffusion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.hooks = ()  # for every UNet call of a loop: what an overlay adds
         self.unet = UNet(config.unet)
         self.vae = AutoencoderKL(config.vae)
         self.text = Text(config.text)
@@ -93,8 +95,16 @@ def recognise(path=None) -> tuple[checkpoint.Checkpoint, Config]:
     return file, configs[known.recognise(file, widths)]
 
 
-def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
+def load(
+    path=None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    overlay=None,
+    strength: float = 1.0,
+) -> StableDiffusion:
     """Load an original SD 1.x checkpoint (.ckpt or .safetensors); without a path, the miniature that comes along.
+
+    overlay: the file, or folder, of a released erased model to lay over it (weights/overlay.py); strength: SPM's.
 
     Returns the model in eval mode without gradients. `origin` of the result says what the file is taken for and which
     UNet of it is used, `ignored` names the file's entries that were not needed. Weights that are on the CPU and of the
@@ -107,10 +117,19 @@ def load(path=None, device: str | torch.device = "cpu", dtype: torch.dtype = tor
     expected = {prefix + name: x for prefix, module in parts.items() for name, x in module.state_dict().items()}
     names = known.locate(expected, file)
     ignored = known.check_complete(names, expected, file, config.name)
-    sd = StableDiffusion.from_tensors(config, lambda name: file.tensor(names[name], device, dtype))
+    laid = None if overlay is None else Overlay(overlay, expected, config.unet.num_res_blocks, strength)
+
+    def tensor(name: str) -> Tensor:
+        base = file.tensor(names[name], device, dtype)
+        return base if laid is None else laid.over(name, base)
+
+    sd = StableDiffusion.from_tensors(config, tensor)
     for network in (sd.unet, sd.vae):
         convolution.install(network)
     sd.ignored = ignored
     sd.origin = known.by_size(file.file.size) if config is SD14 else config.name
     sd.origin += ", its EMA UNet" if any(name.startswith(known.EMA) for name in names.values()) else ""
+    if laid is not None:
+        sd.hooks = laid.hooks(sd.unet)
+        sd.origin += f"; {laid}"
     return sd

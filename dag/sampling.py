@@ -121,7 +121,7 @@ def sample(
     x = noise(seeds, (cfg.unet.in_channels, H, W)).to(sd.device)  # (b, 4, H, W) float32
     run = guidance.start(sd, list(prompts))
     advance = solver(sd.alphas_cumprod)
-    denoiser = Denoiser(sd, run, (*run.hooks, *hooks), cfg.scale if scale is None else scale)
+    denoiser = Denoiser(sd, run, (*run.hooks, *sd.hooks, *hooks), cfg.scale if scale is None else scale)
     try:
         for i, (t, t_prev) in enumerate(times):
             before = denoiser.unet_rows.clone()
@@ -135,6 +135,8 @@ def sample(
                 raise NumericsError(f"no latent is finite after step {i + 1} (t = {t}); try --dtype float32")
     finally:
         run.end()
+        for hook in sd.hooks:  # outside of a loop every row is conditional, as `Hook` has it
+            hook.call = Hook.call
 
 
 @torch.no_grad()
@@ -158,6 +160,6 @@ def detect(
     context, probe, maps = sd.text.encode([""]), Probe(sd.unet, [tokens], fused), []
     for t in times:
         x = ddim.add_noise(latent, eps, sd.alphas_cumprod[t])
-        sd.unet(x, torch.tensor([t], device=sd.device), context, [probe])
+        sd.unet(x, torch.tensor([t], device=sd.device), context, [probe, *sd.hooks])
         maps.append(probe.read(t, *latent.shape[2:])[0, 0])  # (H, W)
     return torch.stack(maps)  # (times, H, W)

@@ -11,6 +11,7 @@ import torch
 from dag import ddim
 from dag.config import SD14, SHAPES
 from weights.known import TEXT, UNET, VAE
+from weights.overlay import diffusers_name
 
 pytest.importorskip("diffusers")
 from tests import references  # noqa: E402
@@ -52,6 +53,14 @@ def test_epsilons_are_seen(case, monkeypatch):
 def test_times_where_steps_divide(steps):
     theirs = references.scheduler(SD14, steps).timesteps.tolist()
     assert [t for t, _ in ddim.time_pairs(steps, SD14.schedule)] == theirs
+
+
+def test_names_of_the_unet():
+    """weights/overlay.py's renaming is diffusers' own: the same tensor under each name."""
+    sd = references.random_model(SHAPES)
+    theirs = references.diffusers_unet(sd).state_dict()
+    ours = {diffusers_name(name, SHAPES.unet.num_res_blocks): x for name, x in sd.unet.state_dict().items()}
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], x) for name, x in theirs.items())
 
 
 def test_bench_measures(tmp_path, capsys):

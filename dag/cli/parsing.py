@@ -47,6 +47,12 @@ class Parser(argparse.ArgumentParser):
             metavar="FILE",
             help="SD 1.x checkpoint, .ckpt or .safetensors (default: the miniature)",
         )
+        released = (
+            "released erased model to lay over it: ESD, SA, SalUn, MACE, UCE, AdvUnlearn, SPM or SDID, a file or folder"
+        )
+        add("--overlay", type=Path, metavar="FILE", help=released)
+        own = "SPM's m: its weights are added m^2 times (default: 1)"
+        add("--overlay-strength", type=number(float, 0, 10), default=1.0, metavar="M", help=own)
         add("--device", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
         add("--dtype", choices=dtypes, help="of the networks (default: float16 on cuda, else float32)")
         add("--debug", action="store_true", help="show tracebacks and what was ignored in the checkpoint")

@@ -48,11 +48,11 @@ def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]
     dtype = args.dtype or default_dtype(device)
     check_device(device)
     with warnings.catch_warnings(record=True) as raised:
-        sd = dag.load(args.ckpt, device, getattr(torch, dtype))
+        sd = dag.load(args.ckpt, device, getattr(torch, dtype), args.overlay, args.overlay_strength)
     for warning in raised:
         warn(str(warning.message))
-    if args.ckpt is not None:
-        print(f"{args.ckpt}: {sd.origin}")
+    if args.ckpt is not None or args.overlay is not None:
+        print(f"{args.ckpt or 'the miniature'}: {sd.origin}")
     if device == "cpu" and dtype == "float16":
         warn("float16 is many times slower than float32 on a CPU; try --dtype bfloat16 or float32")
     if args.debug:

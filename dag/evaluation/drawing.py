@@ -33,6 +33,7 @@ from dag.model import MINIATURE, recognise
 from kernels.choice import WithoutMaps
 from weights.checkpoint import sha256
 from weights.files import atomic_write
+from weights.overlay import Overlay
 
 from . import ledger
 from .methods import described, method
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace, sets: list[PromptSet]) -> int:
     size = args.height or config.size, args.width or config.size
     batch = args.batch_size or min(16, max(1, 4 * 512 * 512 // (size[0] * size[1])))
     settings = {
-        "model": {"name": config.name, "file": file.path.name, "sha256": sha256(file.path)},
+        "model": {"name": config.name, "file": file.path.name, "sha256": sha256(file.path)} | overlaid(args),
         "tokens": [
             {"file": path.name, "sha256": sha256(path), "concept": t.concept}
             for path, t in zip(files, tokens, strict=True)
@@ -101,6 +102,14 @@ def run(args: argparse.Namespace, sets: list[PromptSet]) -> int:
     if k == 0:
         said(args.folder)
     return 0  # though pictures failed: torchrun would end all other processes
+
+
+def overlaid(args: argparse.Namespace) -> dict:
+    """What lies over the model, for the record: nothing, or a file's hash, or those of a folder's one."""
+    if args.overlay is None:
+        return {}
+    file = Overlay.inside(args.overlay)
+    return {"overlay": args.overlay.name, "overlay_sha256": sha256(file), "overlay_strength": args.overlay_strength}
 
 
 def said(folder: Path) -> None:
