@@ -85,7 +85,7 @@ NAMES = {
     "input_blocks.0.0.weight": "conv_in.weight",
     "input_blocks.3.0.op.weight": "down_blocks.0.downsamplers.0.conv.weight",
     "input_blocks.5.0.in_layers.2.weight": "down_blocks.1.resnets.1.conv1.weight",
-    "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    "input_blocks.4.1.norm.weight": "down_blocks.1.attentions.0.norm.weight",
     "middle_block.1.proj_in.weight": "mid_block.attentions.0.proj_in.weight",
     "middle_block.2.out_layers.3.weight": "mid_block.resnets.1.conv2.weight",
     "output_blocks.2.1.conv.bias": "up_blocks.0.upsamplers.0.conv.bias",
@@ -96,7 +96,7 @@ NAMES = {
 
 
 def test_names():
-    """Known pairs; no two of SD 1.4's names become one; SPM's file has 192 layers of it. test_parity.py asks diffusers."""
+    """Known pairs; no two names of SD 1.4 become one; 192 layers have a part in SPM. test_parity.py asks diffusers."""
     assert {name: diffusers_name(name, BLOCKS) for name in NAMES} == NAMES
     names = [name for name in original(SD14) if name.startswith(known.UNET)]
     assert len({theirs(name) for name in names}) == len(names) == 686
