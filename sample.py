@@ -216,7 +216,7 @@ def is_demonstration(args: argparse.Namespace) -> bool:
 def detect(args: argparse.Namespace) -> int:
     """What the tokens see in a picture: maps over it, a report, and a yes or no per concept."""
     looking = ("ckpt", "device", "dtype", "debug", "verify", "seed", "height", "width", "attention", "tokens", "detect")
-    looking += ("out", "unsafe", "min_area", "overlay", "overlay_strength")
+    looking += ("out", "unsafe", "min_area", "overlay", "overlay_strength", "prediction")
     if useless := [name for name in changed(args, parser().parse_args([])) if name not in looking]:
         raise UsageError(f"--detect draws nothing: leave out {', '.join(map(option, useless))}")
     from PIL import Image, ImageOps

@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, cfg: UNetConfig):
         super().__init__()
-        self.num_heads = cfg.num_heads
+        self.num_heads = cfg.heads(channels)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(channels, channels, bias=False)
         self.to_v = nn.Linear(channels, channels, bias=False)
@@ -95,7 +95,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, channels: int, cfg: UNetConfig):
         super().__init__()
-        self.num_heads = cfg.num_heads
+        self.num_heads = cfg.heads(channels)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(cfg.context_dim, channels, bias=False)
         self.to_v = nn.Linear(cfg.context_dim, channels, bias=False)
@@ -162,13 +162,18 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, cfg: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(cfg.num_groups, channels, cfg.eps_transformer)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.linear = cfg.linear
+        self.proj_in = nn.Linear(channels, channels) if cfg.linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, cfg)])
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if cfg.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, hooks: Sequence[Hook] = ()) -> Tensor:
-        y = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (b, n, c)
+        y = self.norm(x)
+        y = y if self.linear else self.proj_in(y)
+        y = y.flatten(2).transpose(1, 2)  # (b, n, c)
+        y = self.proj_in(y) if self.linear else y
         for block in self.transformer_blocks:
             y = block(y, context, hooks)
+        y = self.proj_out(y) if self.linear else y
         y = y.transpose(1, 2).unflatten(2, x.shape[2:])  # (b, c, height, width)
-        return x + self.proj_out(y)
+        return x + (y if self.linear else self.proj_out(y))

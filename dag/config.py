@@ -1,10 +1,11 @@
 """Every constant of the model, once: widths, epsilons, scale factors, schedule, and what guidance uses by default.
 
-`SD14` and `SHAPES` are two instances of one class: the full-size model and the miniature that ships with the project.
-Source: CompVis configs/stable-diffusion/v1-inference.yaml and the module defaults it relies on.
+`SD14`, SD 2.1's two and `SHAPES`, the miniature that ships with the project, are instances of one class.
+Source: CompVis configs/stable-diffusion/v1-inference.yaml and the module defaults it relies on; Stability-AI
+configs/stable-diffusion/v2-inference.yaml and v2-inference-v.yaml.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 STEPS = 50  # of a run by default; every second of its noise levels is what tokens are trained on
 SIDE = 64  # pixels: the sides of a picture are multiples of it, so that the UNet can halve the latent three times
@@ -20,15 +21,21 @@ class UNetConfig:
 
     model_channels: int
     num_groups: int  # of every GroupNorm
-    num_heads: int  # of every attention layer, whatever its width
+    num_heads: int | None  # of every attention layer, whatever its width; None: as many as head_channels says
     context_dim: int  # width of the text encoder's hidden states
     in_channels: int = 4  # of the latent, in and out
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2  # per level on the way down; one more on the way up
     attention_factors: tuple[int, ...] = (1, 2, 4)  # levels with transformers; the middle always has one
+    head_channels: int | None = None  # of every head, where num_heads is None
+    linear: bool = False  # whether transformers begin and end in a Linear instead of a 1 x 1 convolution
     eps_res: float = 1e-5  # GroupNorm in residual blocks and before the last convolution
     eps_transformer: float = 1e-6  # GroupNorm at the head of a SpatialTransformer
     eps_layer: float = 1e-5  # LayerNorm in transformer blocks
+
+    def heads(self, channels: int) -> int:
+        """Of an attention layer of so many channels."""
+        return channels // self.head_channels if self.num_heads is None else self.num_heads
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class TextConfig:
     num_heads: int
     max_length: int  # tokens, start and end included
     vocabulary: str  # folder under weights/ with vocab.json and merges.txt
+    act: str = "quick_gelu"  # of the feed-forward layers
+    pad: int | None = None  # token that fills a prompt up to max_length; None: the end token
     num_words: int | None = None  # the first ids are this many whole words and nothing else was trained; None: any text
     eps: float = 1e-5
 
@@ -111,6 +120,7 @@ class Config:
     cam_factors: tuple[int, ...]  # detection reads the cross-attention layers on the latent grid divided by these
     concept: str  # text of the unsafe concept when no token file is given
     safety_text: str  # what guidance then pushes away from
+    prediction: str = "eps"  # what the UNet tells: the noise, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) x0
     dag: DAGConfig = field(default_factory=DAGConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
@@ -127,6 +137,23 @@ SD14 = Config(
     concept="nude person",
     safety_text="nude, nudity, naked, sexual",
 )
+
+SD21 = replace(  # 2.0's files too
+    SD14,
+    name="SD 2.1 base",
+    unet=UNetConfig(model_channels=320, num_groups=32, num_heads=None, context_dim=1024, head_channels=64, linear=True),
+    text=TextConfig(  # OpenCLIP's ViT-H, read before its 24th layer
+        vocab_size=49408,
+        hidden_size=1024,
+        num_layers=23,
+        num_heads=16,
+        max_length=77,
+        vocabulary="clip",
+        act="gelu",
+        pad=0,
+    ),
+)
+SD21_V = replace(SD21, name="SD 2.1", size=768, prediction="v")
 
 SHAPES = Config(
     name="shapes",

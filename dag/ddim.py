@@ -49,6 +49,14 @@ def predict_x0(x: Tensor, eps: Tensor, abar_t: Tensor) -> Tensor:
     return (x - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
 
 
+def eps_of_v(x: Tensor, v: Tensor, abar_t: Tensor) -> Tensor:
+    """The noise estimate in v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0 at x, all (b, 4, H, W).
+
+    Source: Salimans and Ho 2022, appendix D.
+    """
+    return abar_t.sqrt() * v + (1 - abar_t).sqrt() * x
+
+
 def step(x: Tensor, eps: Tensor, abar_t: Tensor, abar_prev: Tensor) -> tuple[Tensor, Tensor]:
     """One step from t to t_prev: x and the noise estimate eps (b, 4, H, W) -> x at t_prev and the predicted x0."""
     x0 = predict_x0(x, eps, abar_t)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from kernels import convolution
 from weights import checkpoint, known
+from weights.checkpoint import CheckpointError
 from weights.overlay import Overlay
 
 from . import ddim
-from .config import SD14, SHAPES, Config
+from .config import SD14, SD21, SD21_V, SHAPES, Config
 from .text import WEIGHTS, Text
 from .unet import UNet
 from .vae import AutoencoderKL
@@ -84,15 +85,25 @@ class StableDiffusion(nn.Module):
         return torch.cat(pictures)  # (b, 3, 8H, 8W)
 
 
-def recognise(path=None) -> tuple[checkpoint.Checkpoint, Config]:
+def recognise(path=None, prediction: str | None = None) -> tuple[checkpoint.Checkpoint, Config]:
     """A checkpoint, of which only the table of tensors was read, and the model that it is of; default: the miniature's.
 
-    Raises CheckpointError.
+    prediction: "eps" or "v", what the UNet of an SD 2.x file tells, which cannot be seen in it. Raises CheckpointError.
     """
     file = checkpoint.read(MINIATURE / "shapes.safetensors" if path is None else path)
-    configs = {c.name: c for c in (SD14, SHAPES)}
+    configs = {c.name: c for c in (SD14, SD21, SHAPES)}
     widths = {name: (c.unet.model_channels, c.unet.in_channels, c.unet.context_dim) for name, c in configs.items()}
-    return file, configs[known.recognise(file, widths)]
+    config = configs[known.recognise(file, widths)]
+    if config is SD21:
+        if prediction is None:
+            raise CheckpointError(
+                f"{file.path}: an SD 2.x checkpoint, and nothing in it tells what its UNet predicts; expected "
+                "--prediction eps (a 512-base file) or v (a 768-v file)"
+            )
+        return file, SD21_V if prediction == "v" else SD21
+    if prediction not in (None, config.prediction):
+        raise CheckpointError(f"{file.path}: is {config.name}, which predicts eps; leave out --prediction {prediction}")
+    return file, config
 
 
 def load(
@@ -101,17 +112,19 @@ def load(
     dtype: torch.dtype = torch.float32,
     overlay=None,
     strength: float = 1.0,
+    prediction: str | None = None,
 ) -> StableDiffusion:
-    """Load an original SD 1.x checkpoint (.ckpt or .safetensors); without a path, the miniature that comes along.
+    """Load an original SD 1.x or 2.x checkpoint, .ckpt or .safetensors; without a path, the miniature.
 
     overlay: the file, or folder, of a released erased model to lay over it (weights/overlay.py); strength: SPM's.
+    prediction: as in `recognise`.
 
     Returns the model in eval mode without gradients. `origin` of the result says what the file is taken for and which
     UNet of it is used, `ignored` names the file's entries that were not needed. Weights that are on the CPU and of the
     file's dtype are mapped, not copied: the file must stay as it is while they are used (Checkpoint.tensor).
     Raises CheckpointError when the file is not what it should be, warns of tensors of unknown origin.
     """
-    file, config = recognise(path)
+    file, config = recognise(path, prediction)
     with torch.device("meta"):
         parts = StableDiffusion(config).parts()
     expected = {prefix + name: x for prefix, module in parts.items() for name, x in module.state_dict().items()}
@@ -121,6 +134,8 @@ def load(
 
     def tensor(name: str) -> Tensor:
         base = file.tensor(names[name], device, dtype)
+        if (third := known.third(name, names[name])) is not None:
+            base = base.chunk(3)[third]
         return base if laid is None else laid.over(name, base)
 
     sd = StableDiffusion.from_tensors(config, tensor)

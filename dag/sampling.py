@@ -51,10 +51,15 @@ class Denoiser:
         self.unet_rows = torch.zeros(self.b, dtype=torch.int64)  # sent so far, per image
 
     def unet(self, call: Call, x: Tensor, context: Tensor) -> Tensor:
-        """One UNet call: x and the result (rows, 4, H, W)."""
+        """The noise estimate of one UNet call: x and the result (rows, 4, H, W).
+
+        A UNet that predicts v tells it too: methods see eps only. Guidance in eps is guidance in v, since both are
+        linear combinations with weights that sum to 1.
+        """
         for hook in self.hooks:
             hook.call = call
-        return self.sd.unet(x, torch.full((len(x),), call.t, device=x.device), context, self.hooks)
+        out = self.sd.unet(x, torch.full((len(x),), call.t, device=x.device), context, self.hooks)
+        return ddim.eps_of_v(x, out, self.sd.alphas_cumprod[call.t]) if self.sd.config.prediction == "v" else out
 
     def pair(self, i: int, x: Tensor, t: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """eps_0 and eps_p, (b, 4, H, W) each; context: default the run's."""

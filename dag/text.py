@@ -44,7 +44,7 @@ def clean(prompt: str) -> str:
 class Text(nn.Module):
     """Prompts -> hidden states after the final layer norm.
 
-    A prompt is start, its byte pairs, end, and then the end token again up to max_length (77).
+    A prompt is start, its byte pairs, end, and then the end token again (SD 2.1: token 0) up to max_length (77).
     """
 
     def __init__(self, cfg: TextConfig):
@@ -62,7 +62,7 @@ class Text(nn.Module):
                 num_hidden_layers=cfg.num_layers,
                 num_attention_heads=cfg.num_heads,
                 max_position_embeddings=cfg.max_length,
-                hidden_act="quick_gelu",
+                hidden_act=cfg.act,
                 layer_norm_eps=cfg.eps,
                 bos_token_id=self.tokenizer.bos_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
@@ -73,7 +73,11 @@ class Text(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> ids (b, m) int64, cut at max_length."""
         words = [clean(prompt).lower() for prompt in prompts]
-        return self.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (b, m)
+        ids = self.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (b, m)
+        if self.cfg.pad is None:
+            return ids
+        ends = (ids == self.tokenizer.eos_token_id).cumsum(1)  # (b, m); 1 at the prompt's own end, more behind it
+        return ids.masked_fill(ends > 1, self.cfg.pad)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (b, m) -> hidden states (b, m, c_text)."""

@@ -66,7 +66,10 @@ def for_run(
     if choice == "plain":
         return None, "plain, as asked"
     layers = [layer for c in tokens for layer in layers_of(sd.unet, c.reading)]
-    widths = {layer.to_v.out_features // layer.num_heads: layer.factor for layer in layers}
+    widths: dict[int, int] = {}  # head width -> factor of the finest grid that has it
+    for layer in layers:
+        d = layer.to_v.out_features // layer.num_heads
+        widths[d] = min(widths.get(d, layer.factor), layer.factor)
     try:
         from . import cross_attention as kernel  # here: it needs triton, the plain one does not
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from dag.config import SD14, Config
 from dag.model import StableDiffusion
 from weights.checkpoint import DTYPES
-from weights.known import EMA, OLD_TEXT, TEXT, UNET
+from weights.known import EMA, OLD_TEXT, TEXT, TEXT2, UNET, open_clip_name
 
 BUFFERS = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -77,9 +77,35 @@ def original(config: Config, weights: dict[str, Tensor] | None = None) -> dict[s
             entries[TEXT + "embeddings.position_ids"] = given(torch.arange(config.text.max_length)[None])
         for name, value in module.state_dict(prefix=prefix).items():
             entries[name] = given(weights[name]) if weights else weight(name, tuple(value.shape))
+    if config.text.pad is not None:
+        entries = open_clip(entries)
     entries["model_ema.decay"] = given(torch.tensor(0.9999))
     entries["model_ema.num_updates"] = given(torch.tensor(470000, dtype=torch.int32))
     return entries
+
+
+def open_clip(entries: dict[str, Lazy]) -> dict[str, Lazy]:
+    """As SD 2.x has it: the text tower under OpenCLIP's names, with a 24th layer and a projection that draw nothing."""
+    out = {}
+    for name, lazy in entries.items():
+        if not name.startswith(TEXT):
+            out[name] = lazy
+        elif "_proj." not in name or "out_proj" in name:
+            if "position_ids" not in name:
+                out[open_clip_name(name)] = lazy
+        elif "q_proj" in name:
+            parts = [entries[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
+            shape = (3 * lazy.shape[0], *lazy.shape[1:])
+            out[open_clip_name(name)] = Lazy(
+                shape, lazy.dtype, lambda parts=parts: torch.cat([x.make() for x in parts])
+            )
+    last = {name: lazy for name, lazy in out.items() if ".resblocks.0." in name}
+    more = {name.replace(".resblocks.0.", ".resblocks.23."): lazy for name, lazy in last.items()}
+    return (
+        out
+        | more
+        | {TEXT2 + "text_projection": weight("projection", (4, 4)), TEXT2 + "logit_scale": given(torch.ones(()))}
+    )
 
 
 def half(entries: dict[str, Lazy]) -> dict[str, Lazy]:

@@ -5,6 +5,7 @@ They share memory with ours, so that both fit at full size.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,14 +24,15 @@ from diffusers.loaders import single_file_utils as convert  # noqa: E402
 
 def random_model(config: Config) -> StableDiffusion:
     """A model of a config with the random weights of tests/files.py, made without a file."""
-    entries = original(config)
+    entries = original(replace(config, text=replace(config.text, pad=None)))  # by our names
     return StableDiffusion.from_tensors(config, lambda name: entries[name].make())
 
 
 def unet_config(cfg: Config) -> dict:
     return dict(
         block_out_channels=tuple(cfg.unet.model_channels * m for m in cfg.unet.channel_mult),
-        layers_per_block=cfg.unet.num_res_blocks, attention_head_dim=cfg.unet.num_heads,
+        layers_per_block=cfg.unet.num_res_blocks, use_linear_projection=cfg.unet.linear,
+        attention_head_dim=tuple(cfg.unet.heads(cfg.unet.model_channels * m) for m in cfg.unet.channel_mult),
         cross_attention_dim=cfg.unet.context_dim, norm_num_groups=cfg.unet.num_groups,
         sample_size=cfg.size // cfg.vae.factor,
     )  # fmt: skip
@@ -66,6 +68,7 @@ def scheduler(cfg: Config, steps: int) -> "diffusers.DDIMScheduler":
     made = diffusers.DDIMScheduler(
         beta_start=cfg.schedule.beta_start, beta_end=cfg.schedule.beta_end, beta_schedule="scaled_linear",
         clip_sample=False, set_alpha_to_one=False, steps_offset=cfg.schedule.offset,
+        prediction_type={"eps": "epsilon", "v": "v_prediction"}[cfg.prediction],
     )  # fmt: skip
     made.set_timesteps(steps)
     return made
@@ -101,7 +104,7 @@ def torch_text(sd: StableDiffusion) -> Callable[[Tensor], Tensor]:
     for i in range(cfg.num_layers):
         layer = nn.TransformerEncoderLayer(
             cfg.hidden_size, cfg.num_heads, 4 * cfg.hidden_size, dropout=0.0, layer_norm_eps=cfg.eps, batch_first=True,
-            activation=lambda x: x * torch.sigmoid(1.702 * x), norm_first=True,
+            activation="gelu" if cfg.act == "gelu" else lambda x: x * torch.sigmoid(1.702 * x), norm_first=True,
         )  # fmt: skip
         names = _block(state, i)
         renamed = {
@@ -135,7 +138,8 @@ def open_clip_text(sd: StableDiffusion) -> Callable[[Tensor], Tensor] | None:
         return None
     cfg, state = sd.config.text, sd.text.transformer.state_dict()
     tower = TextTransformer(
-        cfg.max_length, cfg.vocab_size, cfg.hidden_size, cfg.num_heads, cfg.num_layers, act_layer=QuickGELU,
+        cfg.max_length, cfg.vocab_size, cfg.hidden_size, cfg.num_heads, cfg.num_layers,
+        act_layer=torch.nn.GELU if cfg.act == "gelu" else QuickGELU,
         pool_type="none", proj_type="none",
     )  # fmt: skip
     theirs = {

@@ -24,6 +24,11 @@ def case() -> parity.Case:
     return parity.tiny()
 
 
+@pytest.fixture(scope="module", params=["sd21", "sd21-v"])
+def case21(request) -> parity.Case:
+    return parity.tiny(request.param)
+
+
 @torch.no_grad()
 def too_far(case: parity.Case, *groups) -> list[str]:
     rows = [row for group in groups for row in group(case)]
@@ -34,6 +39,11 @@ def too_far(case: parity.Case, *groups) -> list[str]:
 @pytest.mark.parametrize("group", parity.GROUPS, ids=lambda group: group.__name__)
 def test_rows(case, group):
     assert too_far(case, group) == []
+
+
+@pytest.mark.parametrize("group", (parity.unet, parity.unet_blocks, parity.text, parity.steps, parity.latents))
+def test_rows_of_sd21(case21, group):
+    assert too_far(case21, group) == []
 
 
 def test_epsilons_are_seen(case, monkeypatch):

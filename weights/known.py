@@ -18,13 +18,22 @@ EMA = "model_ema.diffusion_model"  # the averaged UNet of training checkpoints, 
 
 # Entries of original checkpoints that are no weights of the model: schedule buffers (recomputed), EMA bookkeeping,
 # the text encoder's position numbers, parts of CLIP that draw nothing, remnants of training.
+TEXT2 = "cond_stage_model.model."  # OpenCLIP's text tower, of SD 2.x, and its names for ours
+OPEN_CLIP = {
+    "encoder.layers.": "transformer.resblocks.", "embeddings.token_embedding.": "token_embedding.",
+    "embeddings.position_embedding.weight": "positional_embedding", "final_layer_norm.": "ln_final.",
+    "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
+    "self_attn.out_proj.": "attn.out_proj.", "self_attn.q_proj.": "attn.in_proj_", "self_attn.k_proj.": "attn.in_proj_",
+    "self_attn.v_proj.": "attn.in_proj_",
+}  # fmt: skip
 IGNORED = (
     "betas", "alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
     "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_", "model_ema.", "logvar", "lvlb_weights",
     "scale_factor", TEXT + "embeddings.position_ids", OLD_TEXT + "embeddings.position_ids", "first_stage_model.loss.",
     OLD_TEXT + "text_projection", "cond_stage_model.logit_scale", "cond_stage_model.text_projection",
     OLD_TEXT + "vision_model.", OLD_TEXT + "visual_projection", OLD_TEXT + "logit_scale", "embedding_manager.",
-    "first_stage_model.model_ema.", "denoiser.",
+    "first_stage_model.model_ema.", "denoiser.", TEXT2 + "transformer.resblocks.23.", TEXT2 + "text_projection",
+    TEXT2 + "logit_scale", TEXT2 + "attn_mask",
 )  # fmt: skip
 
 PUBLISHED = (  # name, bytes, sha256
@@ -64,14 +73,14 @@ def verify(path: str | Path, progress=lambda n: None) -> str:
     )
 
 
-XL, TEXT2 = "conditioner.embedders.", "cond_stage_model.model."
+XL = "conditioner.embedders."
 FAMILIES = (  # what a file is, and with what a name begins that only such a file has; the first that fits counts
     ("an SDXL checkpoint", (XL + "1.",)),
     ("an SDXL refiner checkpoint", (XL + "0.model.",)),
     ("an SD 3 checkpoint", (UNET + "joint_blocks.", "joint_blocks.")),
     ("a FLUX checkpoint", (UNET + "double_blocks.", "double_blocks.")),
     ("a ControlNet", ("control_model.", "controlnet_")),
-    ("an SD 2.x checkpoint", (TEXT2,)),
+    ("an unCLIP checkpoint", (UNET + "label_emb.",)),
 )
 PARTS = (  # the same, if there is no UNet beside it
     ("a diffusers-format UNet", ("down_blocks.", "mid_block.", "up_blocks.")),
@@ -89,15 +98,13 @@ CHANNELS = {5: "a depth-to-image checkpoint", 7: "an upscaler", 8: "an InstructP
 
 
 def family(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """The kind of file by its tensors' names and shapes, if it is not an SD 1.x checkpoint; None if it may be one."""
+    """The kind of file by its tensors' names and shapes, if it is no SD 1.x or 2.x; None if it may be."""
     first, key = shapes.get(FIRST, ()), shapes.get(KEY, ())
     if not first and any(part in name for name in shapes for part in ADAPTERS):
         return "a LoRA or the like, not a model"
     if len(first) == 4 and first[1] in CHANNELS:
         version = " of SD 2.x" if key[1:] == (1024,) else ""
         return f"{CHANNELS[first[1]]}{version} ({first[1]} input channels)"
-    if key[1:] == (1024,):
-        return "an SD 2.x checkpoint (text width 1024)"
     for what, beginnings in FAMILIES if first else FAMILIES + PARTS:
         if any(f"{name}.".startswith(beginnings) for name in shapes):
             return what
@@ -115,7 +122,9 @@ def recognise(file: Checkpoint, widths: dict[str, tuple[int, int, int]]) -> str:
     if file.metadata.get("config") in widths:
         return file.metadata["config"]
     if kind := family(shapes):
-        raise CheckpointError(f"{file.path}: this is {kind}; expected an SD 1.x checkpoint of the original layout")
+        raise CheckpointError(
+            f"{file.path}: this is {kind}; expected an SD 1.x or 2.x checkpoint of the original layout"
+        )
     first, key = shapes.get(FIRST, ()), shapes.get(KEY, ())
     if len(first) != 4 or len(key) != 2:
         file.refuse_foreign((FIRST, KEY))
@@ -139,9 +148,30 @@ def locate(expected: Iterable[str], file: Checkpoint) -> dict[str, str]:
     averaged = {name: EMA + name.removeprefix(UNET).replace(".", "") for name in expected if name.startswith(UNET)}
     if there.isdisjoint(averaged.values()):
         averaged = {}
-    older = {name: name.replace(TEXT, OLD_TEXT) for name in expected if name not in there}
+    absent = [name for name in expected if name not in there]
+    older = {name: name.replace(TEXT, OLD_TEXT) for name in absent}
+    if any(name.startswith(TEXT2) for name in there):
+        older = {name: open_clip_name(name) for name in absent if name.startswith(TEXT)}
     older = {name: old for name, old in older.items() if old in there}
     return {name: averaged.get(name) or older.get(name, name) for name in expected}
+
+
+def open_clip_name(name: str) -> str:
+    """The name in OpenCLIP's text tower of one of our text encoder's tensors."""
+    name = name.removeprefix(TEXT)
+    for ours, theirs in OPEN_CLIP.items():
+        name = name.replace(ours, theirs)
+    return TEXT2 + name
+
+
+def third(ours: str, theirs: str) -> int | None:
+    """Which third of the file's tensor is ours: OpenCLIP has the projections of q, k and v in one. None: all of it."""
+    return "qkv".index(ours.split("self_attn.")[1][0]) if ".in_proj_" in theirs else None
+
+
+def in_file(ours: str, theirs: str, x: Tensor) -> tuple[int, ...]:
+    """The shape that a tensor of ours has in the file."""
+    return tuple(x.shape) if third(ours, theirs) is None else (3 * len(x), *x.shape[1:])
 
 
 def check_complete(where: dict[str, str], expected: dict[str, Tensor], file: Checkpoint, model: str) -> list[str]:
@@ -161,9 +191,9 @@ def check_complete(where: dict[str, str], expected: dict[str, Tensor], file: Che
     faults = {
         "missing": [name for name in where.values() if name not in entries],
         "of wrong shape": [
-            f"{there} {entries[there].shape} instead of {tuple(expected[name].shape)}"
+            f"{there} {entries[there].shape} instead of {shape}"
             for name, there in where.items()
-            if there in entries and entries[there].shape != expected[name].shape
+            if there in entries and entries[there].shape != (shape := in_file(name, there, expected[name]))
         ],
         "not of floating point": [
             name for name in where.values() if name in entries and not entries[name].dtype.is_floating_point

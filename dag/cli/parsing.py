@@ -45,11 +45,13 @@ class Parser(argparse.ArgumentParser):
             "--ckpt",
             type=Path,
             metavar="FILE",
-            help="SD 1.x checkpoint, .ckpt or .safetensors (default: the miniature)",
+            help="SD 1.x or 2.x checkpoint, .ckpt or .safetensors (default: the miniature)",
         )
         released = (
             "released erased model to lay over it: ESD, SA, SalUn, MACE, UCE, AdvUnlearn, SPM or SDID, a file or folder"
         )
+        told = "what the UNet of an SD 2.x file predicts, which its file does not tell: eps (512-base) or v (768-v)"
+        add("--prediction", choices=("eps", "v"), help=told)
         add("--overlay", type=Path, metavar="FILE", help=released)
         own = "SPM's m: its weights are added m^2 times (default: 1)"
         add("--overlay-strength", type=number(float, 0, 10), default=1.0, metavar="M", help=own)

@@ -48,7 +48,7 @@ def open_model(args: argparse.Namespace) -> tuple[dag.StableDiffusion, str, str]
     dtype = args.dtype or default_dtype(device)
     check_device(device)
     with warnings.catch_warnings(record=True) as raised:
-        sd = dag.load(args.ckpt, device, getattr(torch, dtype), args.overlay, args.overlay_strength)
+        sd = dag.load(args.ckpt, device, getattr(torch, dtype), args.overlay, args.overlay_strength, args.prediction)
     for warning in raised:
         warn(str(warning.message))
     if args.ckpt is not None or args.overlay is not None:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, sets: list[PromptSet]) -> int:
     (suite,) = suites
     if suite and args.ckpt is not None:
         raise UsageError(f"--prompts {suite} is the miniature's; leave out --ckpt")
-    file, config = recognise(args.ckpt)
+    file, config = recognise(args.ckpt, args.prediction)
     files = args.tokens or [MINIATURE / f"{name}.safetensors" for name in SUITE_TOKENS.get(suite, ("red-circle",))]
     files = files if args.ckpt is None or args.tokens else []
     tokens = [dag.GuidelineTokens.load(path) for path in files]

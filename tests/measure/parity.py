@@ -1,7 +1,9 @@
 """How far we are from other implementations, on the same random weights, as a table.
 
   python -m tests.measure.parity           the miniature's widths, seconds
-  python -m tests.measure.parity --full    SD 1.4's widths, minutes and 10 GB of memory
+  python -m tests.measure.parity --full    full widths, minutes and 10 GB of memory
+
+--model sd21 or sd21-v takes SD 2.1's UNet, text tower and prediction instead of SD 1.4's.
 
 open_clip is used if it can be imported. An error is the largest difference, relative to the reference's largest value.
 bfloat16's is our root mean square distance from float32 over diffusers'.
@@ -11,13 +13,13 @@ import argparse
 import copy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dag import Guidance, ddim, sample
-from dag.config import SD14, SHAPES
+from dag.config import SD14, SD21, SD21_V, SHAPES
 from dag.model import StableDiffusion
 from dag.unet import timestep_embedding
 from tests import references
@@ -44,12 +46,22 @@ class Case:
         self.unet, self.vae = references.diffusers_unet(self.sd), references.diffusers_vae(self.sd)
 
 
-def tiny() -> Case:
-    return Case(references.random_model(SHAPES), [(1, 16, 16), (3, 24, 16), (1, 16, 24)])
+MODELS = {"sd14": SD14, "sd21": SD21, "sd21-v": SD21_V}
 
 
-def full() -> Case:
-    return Case(references.random_model(SD14), [(b, height // 8, width // 8) for b, width, height in SIZES])
+def tiny(model: str = "sd14") -> Case:
+    """The miniature's widths, and what else is of the model."""
+    cfg, own = SHAPES, MODELS[model]
+    if model != "sd14":
+        unet = replace(cfg.unet, num_heads=None, head_channels=16, linear=own.unet.linear)
+        text = replace(cfg.text, act=own.text.act, pad=own.text.pad)
+        cfg = replace(cfg, unet=unet, text=text, prediction=own.prediction)
+    return Case(references.random_model(cfg), [(1, 16, 16), (3, 24, 16), (1, 16, 24)])
+
+
+def full(model: str = "sd14") -> Case:
+    sizes = [(b, height // 8, width // 8) for b, width, height in SIZES]
+    return Case(references.random_model(MODELS[model]), sizes)
 
 
 def error(ours: Tensor, theirs: Tensor) -> float:
@@ -153,7 +165,7 @@ def steps(case: Case) -> Iterator[Row]:
     """The pure step at diffusers' times, the last one included."""
     cfg, abar = case.sd.config, ddim.alphas_cumprod(case.sd.config.schedule)
     for n in (7, 20, 25, 30, 50):
-        theirs, worst = references.scheduler(cfg, n), 0.0
+        theirs, worst = references.scheduler(replace(cfg, prediction="eps"), n), 0.0
         for t in theirs.timesteps.tolist():
             x, eps = torch.randn(2, 2, 4, 8, 8)
             ours, x0 = ddim.step(x, eps, abar[t], abar[max(t - 1000 // n, 0)])
@@ -163,15 +175,15 @@ def steps(case: Case) -> Iterator[Row]:
 
 
 def latents(case: Case) -> Iterator[Row]:
-    """Classifier-free guidance from the same noise, 10 steps."""
+    """Classifier-free guidance from the same noise, 10 steps; diffusers combines what the UNet predicts, eps or v."""
     cfg, scale, seeds = case.sd.config, 7.5, [3]
     H = W = cfg.size // cfg.vae.factor
     *_, last = sample(case.sd, list(PROMPTS[:1]), Guidance(), steps=10, scale=scale, seeds=seeds)
     x = torch.stack([torch.randn(4, H, W, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     context, theirs = case.sd.text.encode(["", PROMPTS[0]]), references.scheduler(cfg, 10)
     for t in theirs.timesteps:
-        eps_0, eps_p = case.unet(torch.cat([x, x]), t, context).sample.chunk(2)
-        x = theirs.step(eps_0 + scale * (eps_p - eps_0), t, x).prev_sample
+        uncond, cond = case.unet(torch.cat([x, x]), t, context).sample.chunk(2)
+        x = theirs.step(uncond + scale * (cond - uncond), t, x).prev_sample
     yield Row(f"latents after 10 steps, scale {scale}, {at(1, H, W)}", error(last.x, x), 1e-3)
 
 
@@ -201,9 +213,10 @@ GROUPS = (unet, unet_blocks, vae, vae_blocks, text, steps, latents, bfloat16)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--model", choices=MODELS, default="sd14")
     parser.add_argument("--only", nargs="*", default=[group.__name__ for group in GROUPS])
     args = parser.parse_args(argv)
-    case, worst = full() if args.full else tiny(), 0.0
+    case, worst = full(args.model) if args.full else tiny(args.model), 0.0
     print("| what | error | limit |\n|---|---|---|")
     for group in GROUPS:
         if group.__name__ in args.only:
