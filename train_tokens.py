@@ -61,6 +61,8 @@ def parser() -> Parser:
     add("--normalisation", choices=NORMALISATIONS, help=reading)
     add("--tokens", type=Path, metavar="FILE", help="measure these tokens, read by --normalisation; optimise nothing")
     add("--steps", type=number(int, 1, 100000), help="of optimisation (default: 1500; paper: 100 per unsafe picture)")
+    counts = "in the loss, of a pixel of the concept: more finds more, also falsely (default: 1)"
+    add("--weight", type=number(float, 0.1, 100), help=counts)
     smallest = "ignore objects below this share of the frame (default: the model's)"
     add("--min-area", type=number(float, 0, 1), metavar="SHARE", help=smallest)
     add("--seed", type=number(int, 0, 2**40), default=0, help="of pictures and optimisation (default: 0)")
@@ -89,13 +91,15 @@ def checked(args: argparse.Namespace) -> None:
         raise UsageError(
             '--concept: needed with --ckpt; expected the text the tokens start from, such as "nude person"'
         )
-    for_training = ("concept", "safety_text", "steps", "min_area", "rounds")
+    for_training = ("concept", "safety_text", "steps", "weight", "min_area", "rounds")
     if args.tokens is not None and (useless := [name for name in for_training if getattr(args, name) is not None]):
         raise UsageError(f"--tokens reads finished ones: leave out {option(useless[0])}")
     if args.data is not None and (useless := [name for name in DRAWING if getattr(args, name) is not None]):
         raise UsageError(f"--data draws nothing: leave out {option(useless[0])}")
     if args.recipe == "paper" and args.normalisation == "fitted":
         raise UsageError("--normalisation fitted: the paper's recipe fits no constants; expected joint or map")
+    if args.recipe == "paper" and args.weight is not None:
+        raise UsageError("--weight: is of our recipe, the paper's has none; leave it out")
     if args.recipe == "paper" or args.tokens is not None:
         args.rounds = 0 if args.rounds is None else args.rounds
     args.rounds = 0 if args.n_safe == 0 else args.rounds

@@ -28,10 +28,10 @@ class Recipe:
     lr: float = 0.1
     unsafe: int = 8  # pictures of a batch, at most
     safe: int = 16
-    weight: float = 2.0  # in the loss, of a pixel of the concept; of any other: 1
+    weight: float = 1.0  # in the loss, of a pixel of the concept; of any other: 1
 
 
-PAPER = Recipe(lr=200.0, unsafe=1, safe=1, weight=1.0)  # and 100 steps per unsafe picture
+PAPER = Recipe(lr=200.0, unsafe=1, safe=1)  # and 100 steps per unsafe picture
 ROWS = 8  # of our recipe: so many background rows, and so many that are the concept
 LEVELS = (1, 201, 401, 601, 801, 981)  # timesteps at which our recipe learns lo and hi
 

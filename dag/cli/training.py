@@ -179,9 +179,10 @@ class Training:
         """The tokens that the recipe makes of the data, in a share of its steps."""
         paper = self.args.recipe == "paper"
         recipe = replace(PAPER, steps=PAPER_STEPS * int(data.unsafe.sum())) if paper else Recipe()
-        recipe = replace(recipe, steps=max(1, round(share * (self.args.steps or recipe.steps))))
-        steps = (optimise_paper if paper else optimise)(data, self.before, recipe, self.args.seed)
-        bar, after = progress(steps, title, recipe.steps), self.before
+        steps = max(1, round(share * (self.args.steps or recipe.steps)))
+        recipe = replace(recipe, steps=steps, weight=self.args.weight or recipe.weight)
+        losses = (optimise_paper if paper else optimise)(data, self.before, recipe, self.args.seed)
+        bar, after = progress(losses, title, recipe.steps), self.before
         for _, best in bar:
             if best is not None:
                 after = best
