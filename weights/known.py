@@ -1,4 +1,4 @@
-"""What people have on their disks: the published checkpoints of Stable Diffusion 1.x, and what is often taken for one.
+"""What people have on their disks: published checkpoints of Stable Diffusion 1.x and 2.x, and what is taken for one.
 
 Sizes and hashes are those that installers and manifests of public projects agree on.
 """
@@ -47,6 +47,20 @@ PUBLISHED = (  # name, bytes, sha256
     ("sd-v1-4-full-ema.ckpt", 7_703_807_346, "14749efc0ae8ef0329391ad4436feb781b402f4fece4883c7ad8d10556d8a36a"),
     ("v1-5-pruned.ckpt", 7_703_807_346, "e1441589a6f3c5a53f5f54d0975a18a7feb7cdf0b0dee276dfc3331ae376a053"),
     ("v1-5-pruned.safetensors", 7_703_324_286, "1a189f0be69d6106a48548e7626207dddd7042a418dbf372cefd05e0cdba61b6"),
+    ("512-base-ema.ckpt", 5_214_864_007, "d635794c1fedfdfa261e065370bea59c651fc9bfa65dc6d67ad29e11869a1824"),
+    ("768-v-ema.ckpt", 5_214_864_007, "bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f"),
+    ("v2-1_512-ema-pruned.ckpt", 5_214_865_159, "88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36"),
+    ("v2-1_768-ema-pruned.ckpt", 5_214_865_159, "ad2a33c361c1f593c4a1fb32ea81afce2b5bb7d1983c6b94793a26a3b54b08a0"),
+    (
+        "v2-1_512-ema-pruned.safetensors",
+        5_214_604_494,
+        "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2",
+    ),
+    (
+        "v2-1_768-ema-pruned.safetensors",
+        5_214_604_494,
+        "dcd690123cfc64383981a31d955694f6acf2072a80537fdb612c8e58ec87a8ac",
+    ),
 )
 UNKNOWN = "unknown SD 1.x checkpoint"
 
