@@ -71,8 +71,9 @@ def test_methods(name, b, dtype):
         *_, last = dag.sample(sd, texts, method, 2, height=64, width=128)
         assert last.x.device == sd.device and last.guided.any() == (name != "none")
         drawn.append(last.x.cpu())
-    # A mask's edge may fall on the other side of a value, so single values may be far apart.
-    assert (drawn[0] - drawn[1]).abs().mean() < 0.05 * drawn[1].abs().mean()
+    # A mask's edge may fall on the other side of a value, in half precision more often: single values may be far apart.
+    limit = 0.1 if dtype == torch.float16 else 0.05
+    assert (drawn[0] - drawn[1]).abs().mean() < limit * drawn[1].abs().mean()
 
 
 def test_maps_are_written(tmp_path, monkeypatch):
