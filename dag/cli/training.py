@@ -33,7 +33,7 @@ from .parsing import UsageError, slug, warn
 
 HELD_OUT = 24  # pictures of the concept and of each kind of look-alike that the judge measures on
 MINING = 1 / 3  # of the steps of training: so many show what is confused
-EAGER = 2  # times the weight of the concept's pixels while mining: what finds more shows more of what is confused
+EAGER = 2  # the least weight of the concept's pixels while mining: what finds more shows more of what is confused
 PAPER_STEPS = 100  # of the paper's recipe, per unsafe picture
 
 
@@ -176,12 +176,12 @@ class Training:
         print(f"mining, round {k}: {confused.total()} of {len(jobs)} look-alikes were taken for the concept{told}")
         return bool(confused)
 
-    def train(self, data: AnnotatedQueries, title: str, share: float = 1.0, eager: float = 1.0) -> GuidelineTokens:
-        """The tokens that the recipe makes of the data, in a share of its steps; eager: times its weight."""
+    def train(self, data: AnnotatedQueries, title: str, share: float = 1.0, weight: float = 0.0) -> GuidelineTokens:
+        """The tokens that the recipe makes of the data, in a share of its steps; weight: of the concept, at least."""
         paper = self.args.recipe == "paper"
         recipe = replace(PAPER, steps=PAPER_STEPS * int(data.unsafe.sum())) if paper else Recipe()
         steps = max(1, round(share * (self.args.steps or recipe.steps)))
-        recipe = replace(recipe, steps=steps, weight=eager * (self.args.weight or recipe.weight))
+        recipe = replace(recipe, steps=steps, weight=max(weight, self.args.weight or recipe.weight))
         losses = (optimise_paper if paper else optimise)(data, self.before, recipe, self.args.seed)
         bar, after = progress(losses, title, recipe.steps), self.before
         for _, best in bar:
